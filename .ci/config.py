@@ -1,0 +1,41 @@
+"Derive pyproject.toml from settings.ini: nbdev's converter, then what it cannot carry."
+import configparser, re, shutil, tempfile
+from pathlib import Path
+
+from nbdev.migrate import _nbdev_migrate_config
+
+# Tables that have no place in settings.ini.
+EXTRA = '''
+update_pyproject = false
+cell_timeout = 300
+
+[tool.setuptools.package-data]
+monosem = ["assets/*", "assets/*/*", "py.typed"]
+
+[tool.pytest.ini_options]
+testpaths = ["tests"]
+addopts = "--jaxtyping-packages=monosem,beartype.beartype -m 'not slow' --strict-markers"
+markers = ["slow: minutes on two cores"]
+filterwarnings = ["ignore::DeprecationWarning"]
+'''
+
+
+def derive(root: Path) -> str:
+    "The text of pyproject.toml that follows from settings.ini."
+    ini = configparser.ConfigParser(delimiters=['='], interpolation=None)
+    ini.read(root/'settings.ini')
+    d = dict(ini['DEFAULT'])
+    with tempfile.TemporaryDirectory() as tmp:  # the converter also rewrites the version and the workflows
+        (Path(tmp)/d['lib_path']).mkdir()
+        (Path(tmp)/d['lib_path']/'__init__.py').write_text('')
+        text = _nbdev_migrate_config(d, Path(tmp))
+    more = ''.join(f'{k.removesuffix("_requirements")} = {v.split()}\n' for k,v in d.items()
+                   if k.endswith('_requirements') and k not in ('dev_requirements', 'pip_requirements'))
+    text = re.sub(r'^(dev = \[.*\]\n)', lambda m: m[1]+more, text, flags=re.M)
+    text = re.sub(r'^include = \["monosem"\]', 'include = ["monosem*"]', text, flags=re.M)
+    return text.rstrip()+'\n'+EXTRA.lstrip()
+
+
+if __name__ == '__main__':
+    root = Path(__file__).parents[1]
+    (root/'pyproject.toml').write_text('# Derived from settings.ini by `make config`; edit that file.\n'+derive(root))

@@ -1,0 +1,23 @@
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault('MONOSEM_DEVICE', 'cpu')
+os.environ.setdefault('IN_TEST', '1')
+
+
+@pytest.fixture(scope='session')
+def root() -> Path: return Path(__file__).parents[1]
+
+
+@pytest.fixture(scope='session')
+def mini():
+    from monosem.corpus import load_corpus
+    return load_corpus('mini')
+
+
+@pytest.fixture(scope='session')
+def tok():
+    from monosem.corpus import load_tokenizer
+    return load_tokenizer()

@@ -1,0 +1,96 @@
+"The project's own rules: settings, layers, notebooks, README, documentation."
+import ast, configparser, importlib, inspect, json, re, runpy, subprocess, sys, tomllib
+from pathlib import Path
+
+import pytest
+
+NBS = sorted(Path(__file__).parents[1].glob('nbs/**/*.ipynb'))
+MODULES = sorted(p.stem for p in Path(__file__).parents[1].glob('monosem/*.py') if not p.stem.startswith('_'))
+
+
+def test_pyproject_follows_from_settings(root):
+    text = (root/'pyproject.toml').read_text()
+    assert text.split('\n', 1)[1] == runpy.run_path(str(root/'.ci/config.py'))['derive'](root), 'run `make config`'
+
+
+def test_settings_and_pyproject_agree_field_by_field(root):
+    "Independent of the converter: what people edit is what the tools read."
+    ini = configparser.ConfigParser(delimiters=['='], interpolation=None)
+    ini.read(root/'settings.ini')
+    s, t = ini['DEFAULT'], tomllib.loads((root/'pyproject.toml').read_text())
+    p, n = t['project'], t['tool']['nbdev']
+    assert (p['name'], p['description'], p['requires-python']) == (s['lib_name'], s['description'], f">={s['min_python']}")
+    assert p['dependencies'] == s['requirements'].split()
+    for extra, wanted in p['optional-dependencies'].items(): assert wanted == s[f'{extra}_requirements'].split()
+    assert p['urls'] == dict(Repository=s['git_url'], Documentation=s['doc_host']+s['doc_baseurl'])
+    assert p['scripts']['monosem'] == 'monosem.cli:main' and n['tst_flags'] == s['tst_flags'] and str(n['custom_sidebar']) == s['custom_sidebar']
+    assert importlib.import_module('monosem').__version__ == s['version']
+    assert (root/'nbs/_quarto.yml').is_symlink() and (root/s['nbs_path']/s['readme_nb']).exists()
+
+
+def _chapters() -> dict[str, str]:
+    "Module to chapter number, in the order of the notebooks' names."
+    out = {}
+    for p in NBS:
+        if m := re.search(r'#\| default_exp (\w+)', p.read_text()): out[m[1]] = p.stem.split('_')[0]
+    return out
+
+
+def test_imports_point_only_to_lower_chapters(root):
+    number, bad = _chapters(), []
+    assert set(number) == set(MODULES)
+    for m in MODULES:
+        for node in ast.walk(ast.parse((root/f'monosem/{m}.py').read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('monosem.'):
+                other = node.module.split('.')[1]
+                if number[other] >= number[m]: bad.append(f'{m} ({number[m]}) imports {other} ({number[other]})')
+    assert not bad
+
+
+@pytest.mark.parametrize('path', NBS, ids=lambda p: p.name)
+def test_notebook_is_small_and_clean(path):
+    text, nb = path.read_text(), json.loads(path.read_text())
+    assert path.stat().st_size <= 1_000_000
+    assert 'widgets' not in nb['metadata'] and 'widget-view+json' not in text and 'plotly.js v' not in text
+    outputs = [o for c in nb['cells'] for o in c.get('outputs', [])]
+    assert all(o['output_type'] != 'error' for o in outputs)
+    shown = json.dumps(outputs)
+    assert '\\r' not in shown and not re.search(r'"[^"]*(/home/|/root/|/work/|/tmp/)', shown), 'an output holds a progress bar or a path of this machine'
+    assert all(c['execution_count'] is None for c in nb['cells'] if c['cell_type'] == 'code')
+
+
+@pytest.mark.parametrize('path', NBS, ids=lambda p: p.name)
+def test_notebook_has_its_outputs(path):
+    "A cell that ends on a value shows it: the stored outputs are part of the source."
+    for c in json.loads(path.read_text())['cells']:
+        src = ''.join(c['source'])
+        if c['cell_type'] != 'code' or re.search(r'#\| (export|hide|default_exp|eval: false|slow|gpu)', src) or not src.strip(): continue
+        last = ast.parse(re.sub(r'^#\|.*$', '', src, flags=re.M)).body[-1:]
+        if last and isinstance(last[0], ast.Expr) and not (isinstance(last[0].value, ast.Call) and re.match(r'(print|use|plotting\.use|pd\.set_option)\b', ast.unparse(last[0].value))):
+            assert c['outputs'], f'no stored output: {src[:80]!r}'
+
+
+def test_readme_follows_from_the_index(root):
+    from monosem.site import readme
+    assert (root/'README.md').read_text() == readme(root), 'run `python -m monosem readme`'
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_public_names_are_documented(name):
+    "A docstring for each public object; a comment for each parameter of a public function."
+    mod = importlib.import_module(f'monosem.{name}')
+    tree = {n.name: n for n in ast.parse(inspect.getsource(mod)).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    lines = inspect.getsource(mod).splitlines()
+    for public in mod.__all__:
+        node = tree.get(public)
+        if node is None: continue
+        assert ast.get_docstring(node), f'{name}.{public} has no docstring'
+        if isinstance(node, ast.FunctionDef):
+            for a in [*node.args.args, *node.args.kwonlyargs]:
+                assert '#' in lines[a.lineno-1], f'{name}.{public}: parameter {a.arg} has no comment'
+
+
+def test_import_is_light():
+    "`import monosem` costs next to nothing; a chapter does not pull in transformer-lens until a model is built."
+    code = 'import sys, monosem, monosem.sae, monosem.transformer; assert "transformer_lens" not in sys.modules and "plotly" not in sys.modules'
+    subprocess.run([sys.executable, '-c', code], check=True)

@@ -2,7 +2,7 @@
 import configparser, re, shutil, tempfile
 from pathlib import Path
 
-from nbdev.migrate import _nbdev_migrate_config
+from nbdev.migrate import _nbdev_migrate_config, set_version
 
 # Tables that have no place in settings.ini.
 EXTRA = '''
@@ -20,11 +20,16 @@ filterwarnings = ["ignore::DeprecationWarning"]
 '''
 
 
-def derive(root: Path) -> str:
-    "The text of pyproject.toml that follows from settings.ini."
+def settings(root: Path) -> dict:
+    "What settings.ini says."
     ini = configparser.ConfigParser(delimiters=['='], interpolation=None)
     ini.read(root/'settings.ini')
-    d = dict(ini['DEFAULT'])
+    return dict(ini['DEFAULT'])
+
+
+def derive(root: Path) -> str:
+    "The text of pyproject.toml that follows from settings.ini."
+    d = settings(root)
     with tempfile.TemporaryDirectory() as tmp:  # the converter also rewrites the version and the workflows
         (Path(tmp)/d['lib_path']).mkdir()
         (Path(tmp)/d['lib_path']/'__init__.py').write_text('')
@@ -39,3 +44,4 @@ def derive(root: Path) -> str:
 if __name__ == '__main__':
     root = Path(__file__).parents[1]
     (root/'pyproject.toml').write_text('# Derived from settings.ini by `make config`; edit that file.\n'+derive(root))
+    set_version(root/settings(root)['lib_path'], settings(root)['version'])

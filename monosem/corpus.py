@@ -6,7 +6,8 @@ Docs: https://monosem.github.io/monosem/corpus.html.md"""
 
 # %% auto #0
 __all__ = ['EOT', 'Document', 'Corpus', 'manifest', 'load_corpus', 'is_validation', 'Mixture', 'draw_documents',
-           'train_tokenizer', 'load_tokenizer', 'token_bytes', 'show_token', 'TokenWindows', 'token_windows']
+           'train_tokenizer', 'load_tokenizer', 'token_bytes', 'show_token', 'TokenWindows', 'even_cut',
+           'token_windows']
 
 # %% ../nbs/03_corpus.ipynb #9f56d7e2
 import bisect, hashlib, json, lzma, random
@@ -288,24 +289,39 @@ def _encode(
             out += [np.array([eot, *e.ids], dtype=np.uint16) for e in enc]; bar.update(len(enc))
     return out
 
-# %% ../nbs/03_corpus.ipynb #d8d9f7f7
+# %% ../nbs/03_corpus.ipynb #466d5d9d
+def even_cut(
+    sizes:list[int], # Tokens of each document
+    total:float, # Tokens wanted
+) -> int: # The smallest cut c with sum(min(size, c)) >= total, or the longest size
+    "How many tokens of each document to keep so that all of them together give `total`."
+    lo, hi = 1, max(sizes)
+    while lo < hi:
+        mid = (lo+hi)//2
+        if sum(min(s, mid) for s in sizes) >= total: hi = mid
+        else: lo = mid+1
+    return lo
+
+# %% ../nbs/03_corpus.ipynb #822a53ba
 def token_windows(
     corpus:Corpus, # Documents
     tok:Tokenizer, # Their tokenizer, at most 65,536 tokens
     mixture:Mixture=Mixture(), # Shares and budget in tokens
     validation:bool=False, # Use the validation documents instead of the training ones
     n_ctx:int=256, # Tokens per window
-    max_doc:int|None=None, # Keep at most this many tokens of a document
-    repeat:bool=True, # Read a kind again when it runs out
+    spread:bool=False, # Take the beginnings of as many documents as possible, none twice, instead of few whole ones
 ) -> TokenWindows: # About `mixture.budget` tokens
     "Windows of `n_ctx` tokens drawn by the mixture."
     check(tok.get_vocab_size() <= 2**16, f'a vocabulary of {tok.get_vocab_size()} tokens', 'at most 65,536', 'use a smaller tokenizer')
     check(n_ctx > 1, f'n_ctx={n_ctx}', 'at least 2', 'choose a longer window')
     docs = [d for d in corpus.docs if is_validation(d.text) == validation]
     check(len(docs) > 0, f'no {"validation" if validation else "training"} document in {corpus.name!r}', 'at least one', 'use a larger corpus')
-    ids = [x[:max_doc] for x in _encode(docs, tok)]
+    ids, shares = _encode(docs, tok), mixture.shares(d.kind for d in docs)
+    if spread:
+        caps = {k: even_cut([len(x) for x,d in zip(ids, docs) if d.kind == k], share*mixture.budget) for k,share in shares.items()}
+        ids = [x[:caps.get(d.kind, 0)] for x,d in zip(ids, docs)]
     sizes = [len(x) for x in ids]
-    chosen = draw_documents(docs, sizes, mixture.shares(d.kind for d in docs), mixture.budget, mixture.seed, repeat)
+    chosen = draw_documents(docs, sizes, shares, mixture.budget, mixture.seed, repeat=not spread)
     flat, owner = np.concatenate([ids[i] for i in chosen]), np.repeat(chosen, [sizes[i] for i in chosen]).astype(np.int32)
     n = len(flat)//n_ctx*n_ctx
     check(n > 0, f'{len(flat)} tokens in all', f'at least one window of {n_ctx}', 'use more text or a shorter window')

@@ -31,7 +31,7 @@ from .training import SAETrainConfig, train_sae
 from .transformer import (LMTrainConfig, TransformerConfig, build_transformer, load_transformer, mean_loss, save_transformer,
                                  train_transformer)
 
-# %% ../nbs/17b_reproduce.ipynb #2a16422b
+# %% ../nbs/17b_reproduce.ipynb #78c435c7
 @dataclass(frozen=True)
 class Scale(Config):
     "Everything that decides a run."
@@ -48,8 +48,7 @@ class Scale(Config):
     resample: ResampleConfig = ResampleConfig()             # When dead features are revived
     lm_validation: int = 100_000                            # Validation tokens for the transformer's log
     eval_tokens: int = 300_000                              # Validation tokens for the dictionary's numbers
-    test_tokens: int = 3_000_000                            # Validation tokens for the feature tests
-    max_doc: int = 4096                                     # Tokens kept of each validation document
+    test_tokens: int = 2_000_000                            # Validation tokens for the feature tests
 
 SCALES = {
     'tiny': Scale('tiny', 'mini', Mixture(budget=150_000), d_vocab=1024, tokenizer_bytes=500_000,
@@ -106,7 +105,7 @@ def _corpus_key(name:str) -> Any:
     if name in ('mini', 'core'): return [v for k,v in sorted(known.items()) if k.startswith(name)]
     return load_corpus(name).hash
 
-# %% ../nbs/17b_reproduce.ipynb #c95ba8d6
+# %% ../nbs/17b_reproduce.ipynb #1aad2222
 def reproduce(
     scale:Scale, # What to run
     out:str|Path='runs', # Where results go, in a folder of the scale's name
@@ -122,14 +121,14 @@ def reproduce(
                       lambda p: _make_tokenizer(p, corpus(), scale))
     tok = load_tokenizer(str(tok_path))
     windows = lru_cache(lambda: token_windows(corpus(), tok, scale.mixture, n_ctx=scale.model.n_ctx))
-    held = lambda n: token_windows(corpus(), tok, replace(scale.mixture, budget=n), validation=True, n_ctx=scale.model.n_ctx, max_doc=scale.max_doc, repeat=False)
+    held = lambda n: token_windows(corpus(), tok, replace(scale.mixture, budget=n), validation=True, n_ctx=scale.model.n_ctx, spread=True)
     a = st.run('A', [scale.model.to_dict(), scale.lm.to_dict(), scale.lm_validation], lambda p: _make_transformer(p, scale, windows(), held(scale.lm_validation), device))
     model = lru_cache(lambda: load_transformer(a, device))
     a1 = st.run('A-1', [scale.sae.to_dict(), scale.stream.to_dict(), scale.train.to_dict(), scale.resample.to_dict()],
                 lambda p: _make_sae(p, scale, model(), windows(), device))
     sae = lru_cache(lambda: load_sae(a1, device))
     ev = st.run('evaluation.json', scale.eval_tokens, lambda p: _make_evaluation(p, model(), sae(), held(scale.eval_tokens)))
-    ft = st.run('features.json', [scale.test_tokens, scale.max_doc], lambda p: _make_features(p, model(), sae(), tok, held(scale.test_tokens)))
+    ft = st.run('features.json', scale.test_tokens, lambda p: _make_features(p, model(), sae(), tok, held(scale.test_tokens)))
     sm = st.run('samples.json', 'pinned at 1x the maximum', lambda p: _make_samples(p, model(), sae(), tok, json.loads(ft.read_text())))
     results = dict(scale=scale.to_dict(), stages=st.log, transformer=load_artefact(a).run, dictionary=load_artefact(a1).run,
                    **{p.stem: json.loads(p.read_text()) for p in (ev, ft, sm)},
@@ -194,14 +193,14 @@ def markdown_table(
     rows = [list(t.columns), ['---']*t.shape[1], *t.to_numpy().tolist()]
     return '\n'.join('| '+' | '.join(c.replace('|', '\\|') for c in r)+' |' for r in rows)
 
-# %% ../nbs/17b_reproduce.ipynb #8e0f871f
+# %% ../nbs/17b_reproduce.ipynb #b85e6cc2
 def report(
     results:dict, # From `reproduce`
 ) -> str: # Markdown
     "The results as a page of text: the dictionary's numbers, the table of features, the samples."
     e, est = results['evaluation'], lambda v: str(Estimate(*v))
     lines = [f"# Results of scale {results['scale']['name']}", '',
-             f"A: {results['transformer']['tokens']:,} tokens, {results['transformer']['validation_nats']:.3f} nats per token on validation text.",
+             f"A: trained on {results['transformer']['tokens']:,} tokens; {e['ce_clean']:.3f} nats per token on {e['n_tokens']:,} validation tokens.",
              f"A/1: {results['dictionary']['vectors']:,} vectors, L0 {est(e['l0'])}, FVU {est(e['fvu'])}, loss recovered {est(e['recovered'])} "
              f"(CE in nats: clean {e['ce_clean']:.3f}, spliced {e['ce_spliced']:.3f}, zero {e['ce_zero']:.3f}, mean {e['ce_mean']:.3f}), "
              f"dead {e['n_dead']} of {results['scale']['sae']['n_feats']} on {e['n_tokens']:,} tokens.", '',
@@ -225,7 +224,7 @@ def ship(
     with replacing(assets/'tokenizer.json') as tmp: tmp.write_bytes((run/'tokenizer.json').read_bytes())
     return True
 
-# %% ../nbs/17b_reproduce.ipynb #ae0f0201
+# %% ../nbs/17b_reproduce.ipynb #c0393a08
 _PAPER = {'arabic': ('F1', .74), 'dna': ('F2', .80), 'base64': ('F3', .38), 'hebrew': ('F4', .55), 'cyrillic': ('F1c', None)}
 
 def claims(
@@ -235,8 +234,7 @@ def claims(
     run, e = f"{results['scale']['name']}, {results['transformer']['tokens']:,} tokens, {results['dictionary']['vectors']:,} vectors", results['evaluation']
     row = lambda id, paper, v, n, unit, note='': dict(id=id, paper=paper, ours=v[0], low=v[1], high=v[2], n=n, unit=unit, run=run, note=note)
     n = e['n_tokens']
-    out = {'evaluation': [row('S2', None, [results['transformer']['validation_nats']]*3, results['scale']['lm_validation'], 'nats/token', 'A, validation loss'),
-                          row('S2', '< 20', e['l0'], n, 'features/token', 'L0'), row('S2', .79, e['recovered'], n, 'share', 'loss recovered against zero-ablation'),
+    out = {'evaluation': [row('S2', '< 20', e['l0'], n, 'features/token', 'L0'), row('S2', .79, e['recovered'], n, 'share', 'loss recovered against zero-ablation'),
                           row('S2', None, e['recovered_mean'], n, 'share', 'loss recovered against mean-ablation'), row('S2', None, e['fvu'], n, 'share', 'FVU'),
                           row('S2', 168, [e['n_dead']]*3, n, 'features of 4,096', 'dead'), row('S2', 292, [e['n_ultralow']]*3, n, 'features of 4,096', 'ultralow'),
                           *(row('S2', None, [e[f'ce_{k}']]*3, n, 'nats/token', f'CE {k}') for k in ('clean', 'spliced', 'zero', 'mean'))],

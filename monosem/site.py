@@ -68,7 +68,10 @@ def _localize(
         text = text.replace(f'<script src="{up}{_PLOTLY}"></script>', '')
     page.write_text(text)
 
-# %% ../nbs/17a_site.ipynb #bf9c8444
+# %% ../nbs/17a_site.ipynb #1c0b3238
+_WEB_FONT = re.compile(r'@import\s*url\([^)]*\)[^;]*;') # The address may hold semicolons, so it ends at the parenthesis
+
+# %% ../nbs/17a_site.ipynb #294e76f6
 def _render_smalldocs(
     proc:Path, # Staged notebooks
     out:Path, # Where the site goes
@@ -84,12 +87,12 @@ def _render_smalldocs(
         made = work/'_docs'
         shutil.copytree(proc/'vendor', made/'vendor', dirs_exist_ok=True)
         for css in made.rglob('*.css'):
-            css.write_text(re.sub(r'@import\s*(url\()?["\']?https?:[^;]*;', '', css.read_text()))
+            css.write_text(_WEB_FONT.sub('', css.read_text()))
         base = yaml.safe_load((work/'_quarto.yml').read_text())['website']['site-url']
         for page in made.rglob('*.html'): _localize(page, made, base.rstrip('/'))
         with replacing(out) as new: shutil.copytree(made, new)
 
-# %% ../nbs/17a_site.ipynb #5bd9e5e9
+# %% ../nbs/17a_site.ipynb #60c3e8bb
 def build_site(
     root:str|Path='.', # A checkout, with nbs/ and _quarto.yml
     out:str|Path='_docs', # Where the pages go
@@ -98,7 +101,7 @@ def build_site(
     root = Path(root).resolve()
     check((root/'nbs/_quarto.yml').exists(), f'{root.name} without nbs/_quarto.yml', 'a checkout of monosem', 'run it in the repository', FileNotFoundError)
     proc = stage(root)
-    for extra in ('vendor', 'styles.css'): _copy(root/'nbs'/extra, proc/extra)
+    for extra in ('vendor', 'styles.css', 'favicon.svg'): _copy(root/'nbs'/extra, proc/extra)
     if shutil.which('quarto'):
         subprocess.run(['quarto', 'render', str(proc), '--no-execute'], check=True)
         _copy(proc/'_docs', root/out)

@@ -67,7 +67,7 @@ def step(
     normalize_decoder(sae)
     return {k: v.item() for k,v in loss._asdict().items()}, (f.detach() > 0).sum(0)
 
-# %% ../nbs/07_training.ipynb #26160864
+# %% ../nbs/07_training.ipynb #715e8f81
 @dataclass
 class TrainState:
     "What a callback sees after each step."
@@ -75,7 +75,7 @@ class TrainState:
     opt: torch.optim.Optimizer # Its optimiser
     step: int               # Steps done
     n_steps: int            # Steps in all
-    x: Tensor               # The batch just used, (batch, d_in)
+    x: Tensor|None          # The batch just used, (batch, d_in); None before the first step
     silent: Tensor          # (n_feats,) vectors seen since each feature last fired
     log: list[dict]         # Rows so far; a callback may add to the last one
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 
 from monosem.activations import ActivationStream, StreamConfig
 from monosem.core import load_artefact, save_artefact
-from monosem.corpus import Mixture, token_windows
+from monosem.corpus import Mixture, TokenWindows, token_windows
 from monosem.features import restrict
 from monosem.resampling import resample_dead
 from monosem.sae import SAE, SAEConfig, load_sae, normalize_decoder, remove_parallel_gradient, sae_loss, save_sae
@@ -116,21 +116,19 @@ def test_resampling_prefers_what_is_reconstructed_badly():
 
 
 @pytest.mark.parametrize('batch,block,per', [(7, 50, 3), (64, 64, 16), (10, 1000, 32)])
-def test_stream_repeats_nothing(mini, tok, batch, block, per):
-    w = token_windows(mini, tok, Mixture(budget=4000), n_ctx=32)
-    ids = torch.arange(w.n_tokens).view(len(w), 32)
-    where = {tuple(r): i for i,r in enumerate(w.tokens.astype(np.int64).tolist())}
-    acts = lambda t: torch.stack([ids[where[tuple(r)]] for r in t.tolist()])[..., None].float()
-    stream = ActivationStream(acts, w, StreamConfig(batch=batch, block=block, per_window=per), harvest_batch=5)
+def test_stream_repeats_nothing(batch, block, per):
+    w = TokenWindows(np.arange(100*32, dtype=np.uint16).reshape(100, 32), np.zeros((100, 32), np.int32), [], {})  # every token its own id
+    stream = ActivationStream(lambda t: t[..., None].float(), w, StreamConfig(batch=batch, block=block, per_window=per), harvest_batch=5)
     got = list(stream)
     flat = torch.cat(got).flatten()
     assert len(got) == len(stream) and all(len(b) == batch for b in got) and len(flat.unique()) == len(flat)
+    assert (np.bincount(flat.long().numpy()//32, minlength=100) <= per).all()
     assert torch.equal(torch.cat(list(stream)), torch.cat(got))  # another pass, the same order
 
 
 @pytest.mark.parametrize('make,what', [
     (lambda: SAEConfig(l1=-.1), 'l1'), (lambda: SAEConfig(n_feats=0), 'n_feats'), (lambda: SAE(SAEConfig(4, 8)).encode(torch.zeros(2, 5)), 'width 5'),
-    (lambda: TransformerConfig(n_heads=3), 'n_heads'), (lambda: SAETrainConfig(lr=0), 'lr'), (lambda: StreamConfig(batch=0), 'batch'),
+    (lambda: TransformerConfig(n_heads=3), 'n_heads'), (lambda: SAETrainConfig(lr=0.), 'lr'), (lambda: StreamConfig(batch=0), 'batch'),
     (lambda: TransformerConfig.from_dict({'d_modle': 3}), 'd_modle'), (lambda: Mixture(budget=0), 'budget'),
     (lambda: loss_nats(build_transformer(SMALL, 'cpu'), torch.zeros(1, 40, dtype=torch.long)), '40 tokens')])
 def test_bad_input_names_what_was_given(make, what):

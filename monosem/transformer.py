@@ -63,7 +63,7 @@ def weights(
     "The parameters under short names: `tok_embed.weight`, `layers.0.mlp.fc_in.weight`, ..."
     return {n.replace('._original_component', ''): p for n,p in model.named_parameters()}
 
-# %% ../nbs/04_transformer.ipynb #3ce2ed0d
+# %% ../nbs/04_transformer.ipynb #97bf27e4
 def mlp_acts(
     model, # A one-layer model of `build_transformer`
     tokens:Int[Tensor, 'batch pos'], # Token ids
@@ -71,7 +71,7 @@ def mlp_acts(
     "The residual stream after attention and the neurons after ReLU, without hooks."
     w, n_heads = weights(model), model.cfg.n_heads
     linear = lambda h, name: F.linear(h, w[name+'.weight'], w[name+'.bias'])
-    h = w['tok_embed.weight'][tokens] + w['pos.weight'][:tokens.shape[1]]
+    h = F.embedding(tokens, w['tok_embed.weight']) + w['pos.weight'][:tokens.shape[1]]
     a = layer_norm(model, h, 'layers.0.ln1')
     q, k, v = (linear(a, f'layers.0.attn.{c}').unflatten(-1, (n_heads, -1)).transpose(1, 2) for c in 'qkv')
     z = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SHELL = /bin/bash
 .DEFAULT_GOAL = help
-.PHONY: help run test slow lab docs results config export clean
+.PHONY: help run test lab docs bench results config export clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -24,14 +24,14 @@ run: .venv/done ## the main job: text -> transformer -> dictionary -> tested fea
 test: .venv/done ## every check
 	@bash .ci/checks $(BIN)
 
-slow: .venv/done ## the cells and tests flagged slow as well
-	@$(BIN)/nbdev-test --flags slow && $(BIN)/pytest -q -m slow
-
 lab: .venv/done ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab nbs
 
 docs: .venv/done ## render the site to _docs/
 	@$(BIN)/python -m monosem site
+
+bench: .venv/done ## measure against peers (benchmarks/*.json)
+	@for b in benchmarks/*.py; do $(BIN)/python $$b; done
 
 results: .venv/done ## write nbs/results from runs/small
 	@$(BIN)/python -m monosem results && $(BIN)/python -m monosem readme

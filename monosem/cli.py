@@ -7,14 +7,14 @@ Docs: https://monosem.github.io/monosem/cli.html.md"""
 # %% auto #0
 __all__ = ['parser', 'main']
 
-# %% ../nbs/18_cli.ipynb #cd5dff78
-import argparse, json, os, sys, time
+# %% ../nbs/18_cli.ipynb #39737a0f
+import argparse, json, os, subprocess, sys, time
 from importlib.metadata import version
 from pathlib import Path
 
 from . import __version__
 
-# %% ../nbs/18_cli.ipynb #d8094bd1
+# %% ../nbs/18_cli.ipynb #948786da
 def _reproduce(a:argparse.Namespace) -> None:
     "Run the chain, then ship and render where this is a checkout."
     from dataclasses import replace
@@ -28,10 +28,10 @@ def _reproduce(a:argparse.Namespace) -> None:
     if (root/'nbs').is_dir() and a.scale == 'small' and a.corpus is None:
         print('[assets] written to monosem/assets' if ship(Path(a.out)/scale.name, root/'monosem/assets', a.assets) else
               '[assets] monosem/assets kept as shipped (--assets replaces them)', flush=True)
+    print(f'\n{report(results)}\nall of it in {Path(a.out)/scale.name}; {time.time()-start:.0f} s, peak memory {results["peak_memory_gb"]} GB\n', flush=True)
     if (root/'nbs').is_dir() and not a.no_site:
         t = time.time()
         print(f'[site] {build_site(root)}/index.html rendered in {time.time()-t:.0f} s', flush=True)
-    print(f'\n{report(results)}\nall of it in {Path(a.out)/scale.name}; {time.time()-start:.0f} s, peak memory {results["peak_memory_gb"]} GB')
 
 def _site(a:argparse.Namespace) -> None:
     "Render the site and check its links."
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser: # For `main`
     sub.add_parser('info', help='versions and device').set_defaults(run=_info)
     return p
 
-# %% ../nbs/18_cli.ipynb #8afe716a
+# %% ../nbs/18_cli.ipynb #76cd6ff5
 def main(
     argv:list[str]|None=None, # Arguments; those of the process by default
 ) -> int: # Exit code: 0, 2 for a mistake of the caller, 130 for an interrupt
@@ -93,7 +93,7 @@ def main(
     except KeyboardInterrupt:
         print('monosem: interrupted; finished stages are kept, run the same command to continue', file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, ArithmeticError) as e:
+    except (ValueError, OSError, ImportError, ArithmeticError, RuntimeError, subprocess.SubprocessError) as e:
         if os.environ.get('MONOSEM_DEBUG'): raise
         print(f'monosem: {" ".join(str(e).split())}', file=sys.stderr)
         return 2

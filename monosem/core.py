@@ -79,7 +79,7 @@ def check(
     "Raise `error` with the three parts every message of this library has, unless `ok`."
     if not ok: raise error(f'got {given}; expected {expected}; {do}.')
 
-# %% ../nbs/00_core.ipynb #836a4a31
+# %% ../nbs/00_core.ipynb #c1cf898c
 @contextmanager
 def replacing(
     target:str|Path, # The file or folder to create or replace
@@ -91,8 +91,10 @@ def replacing(
     tmp = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
     try:
         yield tmp
-        if target.is_dir() and tmp.is_dir(): shutil.rmtree(target)
+        old = tmp.with_suffix('.old')
+        if target.is_dir(): os.replace(target, old)  # a folder is not replaced in one step: set the old one aside first
         os.replace(tmp, target)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
         raise OSError(f'cannot write {target}: {e.strerror or e}; free some space or choose a writable output folder.') from e
     finally:
@@ -115,10 +117,11 @@ class Artefact(NamedTuple):
     config: dict
     run: dict
 
-# %% ../nbs/00_core.ipynb #651ffe2a
+# %% ../nbs/00_core.ipynb #1dc84e22
 def _commit() -> str|None:
     "The git commit of the working folder, if there is one."
-    r = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=False)
+    try: r = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=False)
+    except OSError: return None  # no git here
     return r.stdout.strip() or None
 
 # %% ../nbs/00_core.ipynb #c21a6b1b

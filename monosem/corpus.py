@@ -84,6 +84,18 @@ def _read_jsonl(
     except (lzma.LZMAError, json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as e:
         raise ValueError(f'cannot read {path.name} ({type(e).__name__}: {e}); expected one JSON object with a "text" a line; repair or restore it.') from e
 
+# %% ../nbs/03_corpus.ipynb #3486ac89
+def _pieces(
+    text:str, # A long text
+    size:int=12_000, # Characters in a piece, about
+) -> list[str]: # Its pieces, cut at line ends where there are any
+    "Cut a text into documents, so that some can be kept for validation."
+    out, now = [], ''
+    for line in text.splitlines(keepends=True):
+        if now and len(now)+len(line) > size: out.append(now); now = ''
+        now += line
+    return [t for t in [*out, now] if t.strip()]
+
 # %% ../nbs/03_corpus.ipynb #257c5791
 def _load_hub(
     name:str, # A Hugging Face data set, or the path of a local one
@@ -102,7 +114,7 @@ def _load_hub(
         if len(out) >= n_docs: break
     return out
 
-# %% ../nbs/03_corpus.ipynb #873f83ab
+# %% ../nbs/03_corpus.ipynb #2e2631d3
 def load_corpus(
     name:str|Path='mini', # `mini`, `core`, a path to .jsonl(.xz) or .txt, or `hf:NAME`
     n_docs:int=100_000, # For `hf:`, at most this many documents
@@ -117,7 +129,7 @@ def load_corpus(
     if name.startswith('hf:'): return Corpus(name, _load_hub(name[3:], n_docs))
     path = Path(name)
     check(path.exists(), f'the corpus {name!r}', "'mini', 'core', 'hf:NAME' or the path of a .jsonl, .jsonl.xz or .txt file", 'check the spelling', FileNotFoundError)
-    if path.suffix == '.txt': return Corpus(name, [Document('text', '-', path.name, path.read_text())])
+    if path.suffix == '.txt': return Corpus(name, [Document('text', '-', path.name, t) for t in _pieces(path.read_text())])
     return Corpus(name, _read_jsonl(path))
 
 # %% ../nbs/03_corpus.ipynb #32a70c8c

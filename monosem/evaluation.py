@@ -1,4 +1,4 @@
-"""How sparse, how faithful, how much of the model's prediction survives: five numbers, their units and intervals.
+"""How sparse, how faithful, how much of the model's prediction survives: ten numbers, their units and intervals.
 
 Docs: https://monosem.github.io/monosem/evaluation.html.md"""
 
@@ -21,7 +21,7 @@ from .corpus import TokenWindows
 from .sae import SAE
 from .transformer import loss_nats, mean_neurons, mlp_acts
 
-# %% ../nbs/08_evaluation.ipynb #e2ad97bc
+# %% ../nbs/08_evaluation.ipynb #46cfe1af
 @dataclass(frozen=True)
 class Evaluation:
     "What a dictionary does to a model, on a stated number of tokens."
@@ -35,7 +35,7 @@ class Evaluation:
     recovered: Estimate         # Loss recovered against zero-ablation
     recovered_mean: Estimate    # Loss recovered against mean-ablation
     n_dead: int                 # Features that never fired
-    n_ultralow: int             # Features with density in (0, 1e-6)
+    n_ultralow: int|None        # Features with density in (0, 1e-6); None below a million tokens, where none could be seen
     density: np.ndarray         # (n_feats,) share of tokens on which each fires
 
     def table(self) -> pd.DataFrame:
@@ -44,14 +44,14 @@ class Evaluation:
                 ('CE spliced', f'{self.ce_spliced:.3f}', 'nats/token'), ('CE zero-ablated', f'{self.ce_zero:.3f}', 'nats/token'),
                 ('CE mean-ablated', f'{self.ce_mean:.3f}', 'nats/token'), ('loss recovered (zero)', str(self.recovered), ''),
                 ('loss recovered (mean)', str(self.recovered_mean), ''), ('dead', self.n_dead, f'of {len(self.density)} features'),
-                ('ultralow', self.n_ultralow, f'of {len(self.density)} features')]
+                ('ultralow', 'not visible' if self.n_ultralow is None else self.n_ultralow, f'of {len(self.density)} features')]
         return pd.DataFrame(rows, columns=['number', 'value', 'unit']).set_index('number')
 
     def to_dict(self) -> dict:
         "JSON-ready, without the per-feature densities."
         return {k: v for k,v in asdict(self).items() if k != 'density'}
 
-# %% ../nbs/08_evaluation.ipynb #b808b1dc
+# %% ../nbs/08_evaluation.ipynb #970c1f98
 @torch.no_grad()
 def evaluate(
     model, # A one-layer transformer
@@ -83,4 +83,4 @@ def evaluate(
     recovered = lambda base: bootstrap(s, lambda t: (t[..., base]-t[..., 6])/(t[..., base]-t[..., 5]))
     density = (fires/windows.n_tokens).cpu().numpy()
     return Evaluation(windows.n_tokens, ratio(1, 0), ratio(2, 3), *(float(ce[k]) for k in edits), recovered(7), recovered(8),
-                      int((density == 0).sum()), int(((density > 0) & (density < 1e-6)).sum()), density)
+                      int((density == 0).sum()), int(((density > 0) & (density < 1e-6)).sum()) if windows.n_tokens > 1e6 else None, density)

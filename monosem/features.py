@@ -114,7 +114,7 @@ class Examples(NamedTuple):
                 for t,a,k in zip(self.tokens, self.acts, self.kinds)]
         return f'<table><caption style="text-align:left">{html.escape(self.feature)}: strongest examples, maximum {top:.2f}</caption>{"".join(rows)}</table>'
 
-# %% ../nbs/09_features.ipynb #6f995bcb
+# %% ../nbs/09_features.ipynb #b1046b01
 @torch.no_grad()
 def examples(
     model, # A one-layer transformer
@@ -134,7 +134,7 @@ def examples(
         if flat < 0: break
         row, pos = divmod(int(flat), windows.tokens.shape[1])
         ids = torch.as_tensor(windows.tokens[row].astype(np.int64))[None]
-        f = sae.encode(mlp_acts(model, ids)[1])[0, :, feature].numpy()
+        f = sae.encode(mlp_acts(model, ids.to(sae.W_dec.device))[1])[0, :, feature].cpu().numpy()
         lo, hi = max(0, pos-around), pos+around+1
         out[0].append([show_token(names[t]) for t in windows.tokens[row, lo:hi]]); out[1].append(f[lo:hi])
         out[2].append(windows.docs[windows.doc[row, pos]].kind)

@@ -7,8 +7,8 @@ Docs: https://monosem.github.io/monosem/plotting.html.md"""
 # %% auto #0
 __all__ = ['COLORS', 'DASHES', 'MARKERS', 'INK', 'GRID', 'StoredFigure', 'template', 'use', 'lines', 'histogram', 'estimates']
 
-# %% ../nbs/01_plotting.ipynb #141367b7
-import json
+# %% ../nbs/01_plotting.ipynb #c9825347
+import json, textwrap
 from typing import Sequence
 
 import numpy as np
@@ -55,7 +55,14 @@ def use() -> None:
     pio.renderers['monosem'] = StoredFigure()
     pio.renderers.default = 'monosem'
 
-# %% ../nbs/01_plotting.ipynb #d2c17484
+# %% ../nbs/01_plotting.ipynb #feff2afc
+def _title(
+    text:str, # A title of any length
+) -> str: # The same in lines that fit a column of text
+    "Wrap a title: plotly cuts it off otherwise."
+    return '<br>'.join(textwrap.wrap(text, 72))
+
+# %% ../nbs/01_plotting.ipynb #63bc0704
 def lines(
     table:pd.DataFrame, # One row per x
     x:str, # Column of the horizontal axis
@@ -72,10 +79,10 @@ def lines(
     fig = go.Figure([go.Scatter(x=table[x], y=table[y], name=y, mode='lines+markers' if len(table) < 40 else 'lines',
                                 line=dict(dash=DASHES[i%6], color=COLORS[i%6]), marker=dict(symbol=MARKERS[i%6]))
                      for i,y in enumerate(ys)])
-    return fig.update_layout(title=title, showlegend=len(ys) > 1, xaxis=dict(title=x_title, type='log' if log_x else '-'),
+    return fig.update_layout(title=_title(title), showlegend=len(ys) > 1, xaxis=dict(title=x_title, type='log' if log_x else '-'),
                              yaxis=dict(title=y_title, type='log' if log_y else '-'))
 
-# %% ../nbs/01_plotting.ipynb #3489e59a
+# %% ../nbs/01_plotting.ipynb #2ba1969d
 def histogram(
     groups:dict[str, np.ndarray], # Name to values
     title:str, # What the figure shows, as a finding
@@ -94,10 +101,10 @@ def histogram(
     fig = go.Figure([go.Bar(x=mids, y=np.histogram(v, edges, weights=None if weights is None else weights[k])[0], name=k,
                             marker=dict(color=COLORS[i%6], pattern=dict(shape=['', '/', '.'][i%3])), opacity=.75, width=np.diff(edges))
                      for i,(k,v) in enumerate(groups.items())])
-    return fig.update_layout(title=title, barmode='overlay', bargap=0, showlegend=len(groups) > 1,
+    return fig.update_layout(title=_title(title), barmode='overlay', bargap=0, showlegend=len(groups) > 1,
                              xaxis_title=x_title, yaxis=dict(title=y_title, type='log' if log_y else '-'))
 
-# %% ../nbs/01_plotting.ipynb #bcec6cc6
+# %% ../nbs/01_plotting.ipynb #c49e6d1f
 def estimates(
     groups:dict[str, dict[str, Estimate]], # Series name to {row label: estimate}
     title:str, # What the figure shows, as a finding
@@ -107,7 +114,7 @@ def estimates(
     fig = go.Figure()
     for i,(name, rows) in enumerate(groups.items()):
         e = list(rows.values())
-        fig.add_scatter(x=[r.value for r in e], y=list(rows), name=name, mode='markers',
+        fig.add_scatter(x=[r.value for r in e], y=list(rows), name=name, mode='markers', orientation='h', offsetgroup=name,
                         marker=dict(symbol=MARKERS[i%6], size=11, color=COLORS[i%6]),
                         error_x=dict(type='data', symmetric=False, array=[r.high-r.value for r in e], arrayminus=[r.value-r.low for r in e]))
-    return fig.update_layout(title=title, xaxis_title=x_title, yaxis=dict(autorange='reversed'))
+    return fig.update_layout(title=_title(title), xaxis_title=x_title, yaxis=dict(autorange='reversed'), scattermode='group', scattergap=.7)

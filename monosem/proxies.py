@@ -61,7 +61,7 @@ def alphabet_proxy(
         out[:, t] = alone[:, t]+np.maximum(shortest, out[:, t-1])
     return out
 
-# %% ../nbs/10_proxies.ipynb #6f107d18
+# %% ../nbs/10_proxies.ipynb #b710429b
 def script_share(
     windows:TokenWindows, # Text in which partial tokens are looked up
     names:list[bytes], # Bytes of each token
@@ -81,7 +81,7 @@ def script_share(
         chars = b''.join(parts).decode('utf-8', 'surrogateescape')
         flag = np.repeat([inside(c) for c in chars], [len(c.encode('utf-8', 'surrogateescape')) for c in chars])
         ends = np.cumsum([len(p) for p in parts])
-        first = np.minimum(ends-np.array([len(p) for p in parts]), len(flag)-1)
+        first = np.minimum(ends-np.array([len(p.lstrip()) for p in parts]), len(flag)-1)  # the byte after leading spaces
         np.add.at(seen, row, 1); np.add.at(hits, row, flag[first])
     share[partial] = hits[partial]/np.maximum(seen[partial], 1)
     return share
@@ -155,7 +155,7 @@ def correlate(
     r = pearson(np.stack([np.broadcast_to(v, shape) for v in (n, x, y, xx, y, yx)], -1))
     return Correlations(r[:, :sae.cfg.n_feats], r[:, sae.cfg.n_feats:])
 
-# %% ../nbs/10_proxies.ipynb #870faeff
+# %% ../nbs/10_proxies.ipynb #b298790e
 @dataclass(frozen=True)
 class FeatureTest:
     "One context's best feature and neuron, measured on documents that did not choose them."
@@ -163,7 +163,7 @@ class FeatureTest:
     feature: int                # Chosen on the selection half
     neuron: int                 # Chosen on the selection half
     n_tokens: int               # Tokens of the measurement half
-    n_docs: int                 # Its documents with a token in the context
+    n_docs: int                 # Its documents of the context's kinds with a token in the context
     base_rate: float            # Share of its tokens in the context
     density: float              # Share of its tokens on which the feature fires
     max_act: float              # Largest activation on it
@@ -201,7 +201,7 @@ def test_contexts(
         tests.append(_measure(c.name, int(best[i]), int(rival[i]), tables[c.name], top_tokens(logits, tok)))
     return tests, tables
 
-# %% ../nbs/10_proxies.ipynb #13d349e5
+# %% ../nbs/10_proxies.ipynb #58e45557
 def _measure(
     name:str, # Of the context
     feature:int, # Its id
@@ -215,7 +215,7 @@ def _measure(
     s = pd.DataFrame(np.stack([np.asarray(c, float) for c in columns], 1)).groupby(t.doc.to_numpy()).sum().to_numpy()
     r_f, r_n = (lambda u: pearson(u[..., [0, 1, 2, 3, 4, 5]])), (lambda u: pearson(u[..., [0, 6, 2, 7, 4, 8]]))
     share = lambda part, whole: bootstrap(s, lambda u: u[..., part]/u[..., whole])
-    return FeatureTest(name, feature, neuron, len(t), int(t.doc[t.inside].nunique()), float(y.mean()), float((a > 0).mean()), float(a.max()),
+    return FeatureTest(name, feature, neuron, len(t), int(t.doc[t.inside & t.of_kind].nunique()), float(y.mean()), float((a > 0).mean()), float(a.max()),
                        share(10, 9), share(12, 11), share(13, 11), bootstrap(s, r_f), bootstrap(s, r_n), bootstrap(s, lambda u: r_f(u)-r_n(u)), tokens)
 
 # %% ../nbs/10_proxies.ipynb #49e83429

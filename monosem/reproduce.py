@@ -7,7 +7,7 @@ Docs: https://monosem.github.io/monosem/reproduce.html.md"""
 # %% auto #0
 __all__ = ['SCALES', 'Scale', 'Stages', 'corpus_name', 'reproduce', 'read_tests', 'markdown_table', 'report', 'ship', 'claims']
 
-# %% ../nbs/17b_reproduce.ipynb #3d7e8e03
+# %% ../nbs/17b_reproduce.ipynb #69e8cfa6
 import json, resource, sys, time
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -22,7 +22,7 @@ from .activations import ActivationStream, StreamConfig, at_neurons
 from .core import Config, Estimate, check, content_hash, load_artefact, replacing, run_record, write_json
 from .corpus import Mixture, _data_folder, load_corpus, load_tokenizer, manifest, token_windows, train_tokenizer
 from .evaluation import evaluate
-from .proxies import FeatureTest, test_contexts, tests_table
+from .proxies import CONTEXTS, FeatureTest, halves, proxy, test_contexts, tests_table
 from .resampling import ResampleConfig, Resampler
 from .sae import SAEConfig, load_sae, save_sae
 from .site import build_site
@@ -31,7 +31,7 @@ from .training import SAETrainConfig, train_sae
 from .transformer import (LMTrainConfig, TransformerConfig, build_transformer, load_transformer, mean_loss, save_transformer,
                                  train_transformer)
 
-# %% ../nbs/17b_reproduce.ipynb #78c435c7
+# %% ../nbs/17b_reproduce.ipynb #5832e6e6
 @dataclass(frozen=True)
 class Scale(Config):
     "Everything that decides a run."
@@ -57,7 +57,7 @@ SCALES = {
                   resample=ResampleConfig(window=20_000, pool=4096), lm_validation=20_000, eval_tokens=20_000, test_tokens=150_000),
     'small': Scale('small'),
     'paper': Scale('paper', mixture=Mixture(budget=300_000_000), lm=LMTrainConfig(batch=128, lr=2e-3, eval_every=2000),
-                   stream=StreamConfig(batch=8192, block=2**21, per_window=250), train=SAETrainConfig(lr=3e-4),
+                   stream=StreamConfig(batch=8192, block=2**21, per_window=250), train=SAETrainConfig(lr=3e-4, dead_window=2_000_000),
                    resample=ResampleConfig(at=(.025, .05, .075, .1), window=2_000_000, pool=819_200), lm_validation=1_000_000,
                    eval_tokens=2_000_000, test_tokens=10_000_000),
 }
@@ -137,7 +137,7 @@ def reproduce(
     with replacing(folder/'results.md') as tmp: tmp.write_text(report(results))
     return results
 
-# %% ../nbs/17b_reproduce.ipynb #12c75271
+# %% ../nbs/17b_reproduce.ipynb #fd5e9264
 def _make_tokenizer(path, corpus, scale):
     "Train and store the tokenizer."
     with replacing(path) as tmp: train_tokenizer(corpus, scale.mixture, scale.d_vocab, scale.tokenizer_bytes).save(str(tmp))
@@ -168,9 +168,14 @@ def _make_evaluation(path, model, sae, windows):
 
 def _make_features(path, model, sae, tok, windows):
     "Select and test a feature per context."
-    tests, _ = test_contexts(model, sae, tok, windows)
+    tests, _ = test_contexts(model, sae, tok, windows, _present(windows, tok))
     write_json(path, [asdict(t) for t in tests])
     return dict(tokens=windows.n_tokens)
+
+def _present(windows, tok):
+    "The contexts that both halves of a text hold; a corpus of one's own may lack some."
+    half, inside = halves(windows), {c.name: proxy(c.name, windows, tok) > 0 for c in CONTEXTS}
+    return [c for c in CONTEXTS if (inside[c.name] & half).any() and (inside[c.name] & ~half).any()]
 
 def _make_samples(path, model, sae, tok, tests):
     "Steer with each tested feature."
@@ -224,7 +229,7 @@ def ship(
     with replacing(assets/'tokenizer.json') as tmp: tmp.write_bytes((run/'tokenizer.json').read_bytes())
     return True
 
-# %% ../nbs/17b_reproduce.ipynb #c0393a08
+# %% ../nbs/17b_reproduce.ipynb #fc9cbc88
 _PAPER = {'arabic': ('F1', .74), 'dna': ('F2', .80), 'base64': ('F3', .38), 'hebrew': ('F4', .55), 'cyrillic': ('F1c', None)}
 
 def claims(
@@ -236,7 +241,7 @@ def claims(
     n = e['n_tokens']
     out = {'evaluation': [row('S2', '< 20', e['l0'], n, 'features/token', 'L0'), row('S2', .79, e['recovered'], n, 'share', 'loss recovered against zero-ablation'),
                           row('S2', None, e['recovered_mean'], n, 'share', 'loss recovered against mean-ablation'), row('S2', None, e['fvu'], n, 'share', 'FVU'),
-                          row('S2', 168, [e['n_dead']]*3, n, 'features of 4,096', 'dead'), row('S2', 292, [e['n_ultralow']]*3, n, 'features of 4,096', 'ultralow'),
+                          row('S2', '168 (on 100 million tokens)', [e['n_dead']]*3, n, 'features of 4,096', 'dead'),
                           *(row('S2', None, [e[f'ce_{k}']]*3, n, 'nats/token', f'CE {k}') for k in ('clean', 'spliced', 'zero', 'mean'))],
            'proxies': []}
     for t in results['features']:

@@ -42,7 +42,7 @@ def test_the_mixture_gets_its_shares(mini, tok):
     w = token_windows(mini, tok, Mixture(budget=1_000_000))
     want, got = Mixture().shares(d.kind for d in mini.docs), w.table().share
     for kind in ('lang_ar', 'lang_he', 'dna', 'base64', 'hex', 'en_prose'):
-        assert abs(got[kind]-want[kind]) < .015, kind  # each of 69 kinds overshoots by at most one document, some 2,000 of a million tokens
+        assert .8*want[kind] < got[kind] < want[kind]+.007, kind  # 69 kinds overshoot by up to a document of some thousand tokens, which dilutes the rest
 
 
 @settings(max_examples=50, deadline=None)

@@ -37,14 +37,16 @@ def _chapters() -> dict[str, str]:
 
 
 def test_imports_point_only_to_lower_chapters(root):
-    number, bad = _chapters(), []
+    number, bad, seen = _chapters(), [], 0
     assert set(number) == set(MODULES)
     for m in MODULES:
         for node in ast.walk(ast.parse((root/f'monosem/{m}.py').read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('monosem.'):
-                other = node.module.split('.')[1]
+            if not isinstance(node, ast.ImportFrom) or not node.module: continue
+            other = node.module.removeprefix('monosem.').split('.')[0]  # nbdev writes `from .core import`
+            if (node.level == 1 or node.module.startswith('monosem.')) and other in number:
+                seen += 1
                 if number[other] >= number[m]: bad.append(f'{m} ({number[m]}) imports {other} ({number[other]})')
-    assert not bad
+    assert not bad and seen > 30
 
 
 @pytest.mark.parametrize('path', NBS, ids=lambda p: p.name)

@@ -7,7 +7,7 @@ import torch
 
 from monosem.transformer import TransformerConfig, build_transformer, loss_nats, weights
 
-ROUNDS, BATCH = 7, 16
+ROUNDS, BATCH = 21, 16
 
 
 def step(model, opt, loss):

@@ -1,5 +1,5 @@
 "Derive pyproject.toml from settings.ini: nbdev's converter, then what it cannot carry."
-import configparser, re, shutil, tempfile
+import configparser, re, tempfile
 from pathlib import Path
 
 from nbdev.migrate import _nbdev_migrate_config, set_version

@@ -13,7 +13,7 @@ from typing import Callable, Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from .core import Config, check, make_generator

@@ -19,8 +19,8 @@ def _reproduce(a:argparse.Namespace) -> None:
     "Run the chain, then ship and render where this is a checkout."
     from dataclasses import replace
     from monosem.corpus import _data_folder
-    from monosem.proxies import tests_table
-    from monosem.reproduce import SCALES, build_site, read_tests, report, reproduce, ship
+    from monosem.reproduce import SCALES, report, reproduce, ship
+    from monosem.site import build_site
     start = time.time()
     scale = SCALES[a.scale] if a.corpus is None else replace(SCALES[a.scale], corpus=a.corpus)
     results = reproduce(scale, a.out, a.device, lambda line: print(line, flush=True))

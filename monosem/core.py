@@ -9,7 +9,7 @@ __all__ = ['pick_device', 'make_generator', 'Config', 'content_hash', 'check', '
            'run_record', 'save_artefact', 'load_artefact', 'Estimate', 'bootstrap', 'pearson', 'progress']
 
 # %% ../nbs/00_core.ipynb #fb4cfcaf
-import hashlib, json, os, platform, shutil, subprocess, sys, tempfile, time
+import hashlib, json, os, platform, shutil, subprocess, sys, tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version

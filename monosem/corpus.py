@@ -10,19 +10,19 @@ __all__ = ['EOT', 'Document', 'Corpus', 'manifest', 'load_corpus', 'is_validatio
            'token_windows']
 
 # %% ../nbs/03_corpus.ipynb #9f56d7e2
-import bisect, hashlib, json, lzma, random
+import hashlib, json, lzma, random
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple
+from typing import Iterable, NamedTuple
 
 import numpy as np
 import pandas as pd
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from .core import Config, check, content_hash, progress
+from .core import Config, check, progress
 
 # %% ../nbs/03_corpus.ipynb #cf19791e
 class Document(NamedTuple):

@@ -13,10 +13,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from .core import Estimate, bootstrap, check, progress
+from .core import Estimate, bootstrap, progress
 from .corpus import TokenWindows
 from .sae import SAE
 from .transformer import loss_nats, mean_neurons, mlp_acts

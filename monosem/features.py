@@ -11,7 +11,7 @@ __all__ = ['Slice', 'feature_pass', 'restrict', 'FeatureStats', 'feature_stats',
 # %% ../nbs/09_features.ipynb #f5ee7b52
 import html
 from dataclasses import dataclass
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd

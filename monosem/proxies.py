@@ -11,8 +11,8 @@ __all__ = ['DNA', 'BASE64', 'SCRIPTS', 'FLOOR', 'CONTEXTS', 'unigram', 'alphabet
 
 # %% ../nbs/10_proxies.ipynb #0b83d8db
 import math
-from dataclasses import asdict, dataclass
-from typing import Callable, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd

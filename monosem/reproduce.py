@@ -9,26 +9,24 @@ __all__ = ['SCALES', 'Scale', 'Stages', 'corpus_name', 'reproduce', 'read_tests'
 
 # %% ../nbs/17b_reproduce.ipynb #69e8cfa6
 import json, resource, sys, time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
 import pandas as pd
-from tokenizers import Tokenizer
 
 from .activations import ActivationStream, StreamConfig, at_neurons
-from .core import Config, Estimate, check, content_hash, load_artefact, replacing, run_record, write_json
+from .core import Config, Estimate, content_hash, load_artefact, replacing, run_record, write_json
 from .corpus import Mixture, _data_folder, load_corpus, load_tokenizer, manifest, token_windows, train_tokenizer
 from .evaluation import evaluate
 from .proxies import CONTEXTS, FeatureTest, halves, proxy, test_contexts, tests_table
 from .resampling import ResampleConfig, Resampler
 from .sae import SAEConfig, load_sae, save_sae
-from .site import build_site
 from .steering import steer
 from .training import SAETrainConfig, train_sae
-from .transformer import (LMTrainConfig, TransformerConfig, build_transformer, load_transformer, mean_loss, save_transformer,
+from .transformer import (LMTrainConfig, TransformerConfig, build_transformer, load_transformer, save_transformer,
                                  train_transformer)
 
 # %% ../nbs/17b_reproduce.ipynb #5832e6e6
@@ -83,7 +81,7 @@ class Stages:
             self.say(f'[{name}] reused from {out} (same configuration {self.key})')
             return out
         self.say(f'[{name}] ...')
-        start, note_log = time.time(), None
+        start = time.time()
         note.unlink(missing_ok=True)
         note_log = dict(make(out) or {}, seconds=round(time.time()-start, 1))
         write_json(note, dict(key=self.key, log=note_log))

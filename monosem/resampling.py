@@ -8,10 +8,10 @@ Docs: https://monosem.github.io/monosem/resampling.html.md"""
 __all__ = ['resample_dead', 'ResampleConfig', 'Resampler']
 
 # %% ../nbs/07a_resampling.ipynb #45e2a486
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .core import Config, check, make_generator

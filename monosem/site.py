@@ -11,7 +11,6 @@ __all__ = ['page_name', 'stage', 'rename_chapters', 'build_site', 'check_links',
 import json, re, shutil, subprocess, sys, tempfile
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from .core import check, replacing

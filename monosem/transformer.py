@@ -10,9 +10,8 @@ __all__ = ['TransformerConfig', 'build_transformer', 'weights', 'mlp_acts', 'lay
            'save_transformer', 'load_transformer', 'check_vocab', 'mean_neurons', 'sample']
 
 # %% ../nbs/04_transformer.ipynb #637a3a27
-import contextlib, io, math, time
+import math, time
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -25,7 +24,7 @@ from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .core import Config, check, load_artefact, make_generator, pick_device, progress, run_record, save_artefact
+from .core import Config, check, load_artefact, make_generator, pick_device, progress, save_artefact
 from .corpus import EOT, TokenWindows
 
 # %% ../nbs/04_transformer.ipynb #79d5c185

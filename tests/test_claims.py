@@ -1,7 +1,6 @@
 "What the issue of first light asks of the shipped run, read from the stored results."
 import json
 
-from monosem.core import Estimate
 
 
 def test_features_beat_neurons_on_held_out_documents(root):

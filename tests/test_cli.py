@@ -1,5 +1,5 @@
 "The command: exit codes, one-line errors, interrupts, reuse."
-import json, os, signal, subprocess, sys, time
+import json, signal, subprocess, sys, time
 
 import pytest
 

@@ -1,11 +1,11 @@
 "Text in, tokens out: nothing lost, nothing damaged taken for whole."
-import json, lzma
+import json
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from monosem.corpus import (Corpus, Document, Mixture, draw_documents, is_validation, load_corpus, load_tokenizer, manifest, token_bytes,
+from monosem.corpus import (Document, Mixture, draw_documents, is_validation, load_corpus, load_tokenizer, manifest, token_bytes,
                             token_windows, train_tokenizer)
 
 

@@ -33,7 +33,8 @@ docs: .venv/done ## render the site to _docs/
 bench: .venv/done ## measure against peers (benchmarks/*.json)
 	@for b in benchmarks/*.py; do $(BIN)/python $$b; done
 
-results: .venv/done ## write nbs/results from runs/small
+results: .venv/done ## write nbs/results: the flagged cells of the notebooks, and runs/small
+	@for n in $$(grep -l '#| slow' nbs/*.ipynb); do $(BIN)/nbdev-test $$n --flags slow --save --n-workers 1 --timing --cell-timeout 0 || exit 1; done; $(BIN)/nbdev-clean
 	@$(BIN)/python -m monosem results && $(BIN)/python -m monosem readme
 
 config: .venv/done ## derive pyproject.toml from settings.ini

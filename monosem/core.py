@@ -6,7 +6,7 @@ Docs: https://monosem.github.io/monosem/core.html.md"""
 
 # %% auto #0
 __all__ = ['pick_device', 'make_generator', 'Config', 'content_hash', 'check', 'replacing', 'write_json', 'Artefact',
-           'run_record', 'save_artefact', 'load_artefact', 'Estimate', 'bootstrap', 'pearson', 'progress']
+           'run_record', 'save_artefact', 'load_artefact', 'Estimate', 'bootstrap', 'pearson', 'claim', 'progress']
 
 # %% ../nbs/00_core.ipynb #fb4cfcaf
 import hashlib, json, os, platform, shutil, subprocess, sys, tempfile
@@ -208,6 +208,20 @@ def pearson(
     n, x, y, xx, yy, xy = np.moveaxis(np.asarray(s, dtype=np.float64), -1, 0)
     with np.errstate(invalid='ignore', divide='ignore'):
         return (n*xy-x*y) / np.sqrt(np.maximum(n*xx-x*x, 0)*np.maximum(n*yy-y*y, 0))
+
+# %% ../nbs/00_core.ipynb #0e18f8c5
+def claim(
+    id:str, # Of the claim, such as `T3`
+    paper:Any, # The paper's value, None where it states none
+    ours:Estimate|float, # What was measured; a number without an interval stands for itself
+    n:int, # What the number rests on: tokens, models, cells
+    unit:str, # Of the value
+    run:str, # Which run: scale, counts
+    note:str='', # What exactly was measured
+) -> dict: # A row for `nbs/results/*.json`
+    "One row of the ledger."
+    e = ours if isinstance(ours, Estimate) else Estimate(float(ours), float(ours), float(ours), n)
+    return dict(id=id, paper=paper, ours=e.value, low=e.low, high=e.high, n=n, unit=unit, run=run, note=note)
 
 # %% ../nbs/00_core.ipynb #c08fac94
 def progress(

@@ -33,7 +33,7 @@ class StoredFigure(MimetypeRenderer):
     ) -> dict: # MIME type to content
         "The JSON form and the HTML fragment."
         value = json.loads(pio.to_json(fig_dict, validate=False))
-        html = pio.to_html(fig_dict, full_html=False, include_plotlyjs=False, div_id='fig-'+content_hash(value),
+        html = pio.to_html(fig_dict, full_html=False, include_plotlyjs=False, auto_play=False, div_id='fig-'+content_hash(value),
                            config=dict(responsive=True, displaylogo=False), validate=False)
         return {'application/vnd.plotly.v1+json': value, 'text/html': html}
 

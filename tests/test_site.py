@@ -8,7 +8,7 @@ from monosem.site import check_links
 CHROME = os.environ.get('CHROME') or shutil.which('chromium') or shutil.which('google-chrome') or shutil.which('chromium-browser')
 if os.environ.get('CI') and not CHROME: raise RuntimeError('no Chromium in CI; expected one on the PATH or in $CHROME; .ci/run installs it')
 needs_chrome = pytest.mark.skipif(not CHROME, reason='no Chromium on the PATH or in $CHROME: the page tests did not run')
-PAGES = ['index', 'corpus', 'sources', 'transformer', 'activations', 'sae', 'training', 'resampling', 'evaluation', 'features', 'proxies', 'steering',
+PAGES = ['index', 'toy_models', 'phases', 'geometry', 'dynamics', 'adversaries', 'computation', 'memorisation', 'recovery', 'corpus', 'sources', 'transformer', 'activations', 'sae', 'training', 'resampling', 'evaluation', 'features', 'proxies', 'steering',
          'reproduce', 'cli', 'core', 'plotting', 'site']
 
 
@@ -62,7 +62,7 @@ def test_page_is_whole_and_local(browser, page, scheme):
     got = tab.evaluate('''() => ({
         wide: document.documentElement.scrollWidth - window.innerWidth,
         figures: document.querySelectorAll('.plotly-graph-div').length,
-        drawn: [...document.querySelectorAll('.plotly-graph-div')].filter(d => d.querySelector('.main-svg .plot, .main-svg .traces, .main-svg .trace')).length,
+        drawn: [...document.querySelectorAll('.plotly-graph-div')].filter(d => d.querySelector('.main-svg .plot, .main-svg .traces, .main-svg .trace, .heatmaplayer image, .gl-container canvas')).length,
         math: document.querySelectorAll('.math').length, typeset: document.querySelectorAll('.math .katex, .katex').length,
         raw: [...document.querySelectorAll('main p')].filter(p => /\\$\\$|\\\\(frac|mathbb|texttt)/.test(p.childElementCount ? '' : p.textContent)).length,
         failed: document.querySelectorAll('.katex-error').length, title: document.title,
@@ -88,3 +88,20 @@ def test_figures_formulas_and_search_exist_where_they_should(browser):
     assert tab.get_by_text('test_contexts').count() > 0  # the API table
     hit = tab.evaluate('async () => (await (await fetch("search.json")).json()).some(e => /alphabet_proxy/.test(JSON.stringify(e)))')
     assert hit
+
+
+@needs_chrome
+@pytest.mark.parametrize('page', ['toy_models', 'dynamics'])
+def test_slider_works_with_no_kernel(browser, page):
+    "A click on a slider's other end draws another frame."
+    b, base = browser
+    tab = b.new_page(viewport=dict(width=1280, height=900))
+    tab.goto(f'{base}/{page}.html', wait_until='load')
+    figure = tab.locator('.plotly-graph-div', has=tab.locator('.slider-container')).first
+    figure.scroll_into_view_if_needed()
+    state = lambda: figure.evaluate('d => JSON.stringify(d._fullData.map(t => [t.x, t.y, t.z].map(v => v && Array.from(v, r => r && r.length && typeof r !== "string" ? Array.from(r) : r))))')
+    before = state()
+    box = figure.locator('.slider-rail-touch-rect').first.bounding_box()
+    tab.mouse.click(box['x']+.7*box['width'], box['y']+box['height']/2)
+    tab.wait_for_timeout(1000)
+    assert state() != before

@@ -222,7 +222,9 @@ def load_tokenizer(
     "The shipped tokenizer, or one from a file."
     p = Path(path) if path else Path(str(files('monosem')/'assets'/'tokenizer.json'))
     check(p.is_file(), f'no file {p.name}', 'a tokenizer.json', 'run `make run` or pass its path', FileNotFoundError)
-    return Tokenizer.from_file(str(p))
+    tok = Tokenizer.from_file(str(p))
+    tok.encode_special_tokens = True  # text that spells out `EOT` is text
+    return tok
 
 # %% ../nbs/03_corpus.ipynb #d9a227f9
 @lru_cache

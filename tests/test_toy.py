@@ -115,3 +115,11 @@ def test_every_toy_claim_is_in_the_ledger(root):
 def test_benchmark_of_the_batched_sweep(root):
     sweeps = json.loads((root/'benchmarks/toy.json').read_text())['sweeps'].values()
     assert any(s['speedup_median'] >= 5 for s in sweeps) and all(.9 < s['best_loss_ratio'][0] < 1.1 for s in sweeps)
+
+
+def test_what_the_issue_asks_of_the_stored_claims(root):
+    "Agreement with closed forms, dimensions that add up, directions recovered."
+    find = lambda chapter, what: next(r for r in _rows(root, chapter) if what in r['note'])
+    for size in ('n=2, m=1: cells more than one', 'n=3, m=2: cells more than one'): assert find('phases', size)['ours'] >= .95
+    assert abs(find('geometry', 'all features, all densities')['ours']-1) <= .02
+    assert find('recovery', 'dictionary of 80')['low'] >= .95 and find('recovery', 'paired difference')['low'] > 0

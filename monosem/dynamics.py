@@ -133,7 +133,7 @@ def weights_over_training(
 ): # A plotly figure
     "The features' directions in space at every position of a slider, over the loss curve with the same moment marked."
     from plotly.subplots import make_subplots
-    from monosem.plotting import COLORS, MARKERS, _title
+    from monosem.plotting import COLORS, GRID, INK, MARKERS, _title
     check(W.shape[1] == 3, f'{W.shape[1]} hidden dimensions', '3, those of space', 'train with d_hidden=3')
     fig = make_subplots(rows=2, cols=1, specs=[[dict(type='scene')], [dict(type='xy')]], row_heights=[.66, .34], vertical_spacing=.05)
     for i,t in enumerate(_arrows(W[0], set_size)):
@@ -199,7 +199,7 @@ def dimensionality_over_training(
 ): # A plotly figure
     "The loss over the dimensionality of every feature; the windows in which the loss falls fastest are shaded."
     from plotly.subplots import make_subplots
-    from monosem.plotting import COLORS, DASHES, _title
+    from monosem.plotting import COLORS, DASHES, INK, _title
     fig = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[.3, .7], vertical_spacing=.04)
     x = dict(x0=int(steps[0]), dx=int(steps[1]-steps[0]))
     short = lambda v: [float(f'{a:.4g}') for a in v]

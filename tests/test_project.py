@@ -1,5 +1,5 @@
 "The project's own rules: settings, layers, notebooks, README, documentation."
-import ast, configparser, importlib, inspect, json, re, runpy, subprocess, sys, tomllib
+import ast, builtins, configparser, dis, importlib, inspect, json, re, runpy, subprocess, sys, tomllib
 from pathlib import Path
 
 import pytest
@@ -96,3 +96,16 @@ def test_import_is_light():
     "`import monosem` costs next to nothing; a chapter does not pull in transformer-lens until a model is built."
     code = 'import sys, monosem, monosem.sae, monosem.transformer; assert "transformer_lens" not in sys.modules and "plotly" not in sys.modules'
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def _global_names(code) -> set[str]:
+    inner = [c for c in code.co_consts if hasattr(c, 'co_code')]
+    return {i.argval for i in dis.get_instructions(code) if i.opname == 'LOAD_GLOBAL'}.union(*map(_global_names, inner))
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_functions_use_only_names_their_module_has(name):
+    "A notebook's own imports hide a name that the exported module lacks."
+    mod = importlib.import_module(f'monosem.{name}')
+    used = _global_names(compile(inspect.getsource(mod), name, 'exec'))
+    assert not [n for n in used if not hasattr(mod, n) and not hasattr(builtins, n)]

@@ -1,4 +1,4 @@
-"""`monosem reproduce`, `site`, `results`, `readme`, `info`: thin doors to the chapters.
+"""`monosem reproduce`, `train`, `site`, `results`, `readme`, `info`: thin doors to the chapters.
 
 Docs: https://monosem.github.io/monosem/cli.html.md"""
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import __version__
 
-# %% ../nbs/18_cli.ipynb #948786da
+# %% ../nbs/18_cli.ipynb #c7629540
 def _reproduce(a:argparse.Namespace) -> None:
     "Run the chain, then ship and render where this is a checkout."
     from dataclasses import replace
@@ -33,6 +33,37 @@ def _reproduce(a:argparse.Namespace) -> None:
         t = time.time()
         print(f'[site] {build_site(root)}/index.html rendered in {time.time()-t:.0f} s', flush=True)
 
+# %% ../nbs/18_cli.ipynb #0e26ea16
+def _train(a:argparse.Namespace) -> None:
+    "Train dictionaries of several sizes and coefficients on one stream of a model's neurons."
+    from monosem.activations import ActivationStore, ActivationStream, StreamConfig, at_neurons, store_activations
+    from monosem.checkpoints import Checkpoints
+    from monosem.core import check, pick_device, run_record
+    from monosem.corpus import Mixture, load_corpus, load_tokenizer, token_windows
+    from monosem.parallel import join_processes, n_processes, process_number, share_harvest
+    from monosem.resampling import ResampleConfig, Resampler
+    from monosem.sae import SAEConfig, save_sae
+    from monosem.training import SAETrainConfig, train_saes
+    from monosem.transformer import load_transformer
+    device = pick_device(a.device)
+    join_processes(device)
+    check(not (a.store and n_processes() > 1), '--store with several processes', 'one process', 'store first with one, then train with many', ValueError)
+    model = load_transformer(a.model, device)
+    windows = token_windows(load_corpus(a.corpus), load_tokenizer(a.tokenizer), Mixture(budget=a.tokens), n_ctx=model.cfg.n_ctx)
+    batches = ActivationStream(share_harvest(at_neurons(model)), windows, StreamConfig(batch=a.batch, block=a.block, per_window=a.per_window, passes=a.passes), device)
+    if a.store: batches = ActivationStore(store_activations(batches, a.store).folder, a.batch, a.passes)
+    vectors, d_in = len(batches)*a.batch, model.cfg.d_mlp
+    cfgs = [SAEConfig(d_in=d_in, n_feats=n, l1=l1, seed=a.seed) for n in a.features for l1 in a.l1]
+    cfg = SAETrainConfig(lr=a.lr, warmup=a.warmup, decay=a.decay, rewarm=a.rewarm, l1_warmup=a.l1_warmup, dead_window=a.dead_window)
+    resample = ResampleConfig(at=tuple(a.resample_at), window=a.dead_window, pool=a.pool)
+    done = train_saes(batches, cfgs, cfg, lambda: [Resampler(resample)], device, 'dictionaries', Checkpoints(Path(a.out)/'checkpoints', every_s=a.every))
+    for d in done if process_number() == 0 else []:
+        last = d.log.iloc[-1]
+        record = run_record(vectors=vectors, data=windows.hash, config=cfg.to_dict(), processes=n_processes(), seconds=round(d.seconds), log=d.log.round(4).to_dict('records'))
+        folder = save_sae(d.sae, Path(a.out)/f'{d.sae.cfg.n_feats}-l1-{d.sae.cfg.l1:g}', record)
+        print(f'{folder}: {vectors:,} vectors, L0 {last.l0:.1f}, FVU {last.fvu:.3f}, dead {int(last.dead)}, {vectors/d.seconds:,.0f} vectors/s', flush=True)
+
+# %% ../nbs/18_cli.ipynb #0513d170
 def _site(a:argparse.Namespace) -> None:
     "Render the site and check its links."
     from monosem.site import build_site, check_links
@@ -59,7 +90,7 @@ def _info(a:argparse.Namespace) -> None:
     for p in ('torch', 'transformer-lens', 'tokenizers', 'plotly'): print(f'{p:18}{version(p)}')
     print(f'{"monosem":18}{__version__}\n{"device":18}{pick_device()}')
 
-# %% ../nbs/18_cli.ipynb #ba47ab73
+# %% ../nbs/18_cli.ipynb #7faa5bb0
 def parser() -> argparse.ArgumentParser: # For `main`
     "The arguments of all commands."
     p = argparse.ArgumentParser('monosem', description='Towards Monosemanticity as something you can run.')
@@ -73,6 +104,28 @@ def parser() -> argparse.ArgumentParser: # For `main`
     r.add_argument('--assets', action='store_true', help='replace the shipped model and dictionary by this run\'s')
     r.add_argument('--no-site', action='store_true', help='do not render the site')
     r.set_defaults(run=_reproduce)
+    t = sub.add_parser('train', help="dictionaries on a model's neurons", epilog='example: monosem train --features 512 4096 --l1 2.5 --out runs/sizes; again: goes on; many processes: torchrun --nproc-per-node 2 -m monosem train ...')
+    t.add_argument('--model', default='A', help="'A' as shipped, or a folder such as runs/small/A")
+    t.add_argument('--tokenizer', help='its tokenizer.json; the shipped one by default')
+    t.add_argument('--corpus', default='mini', help="'mini', 'core', 'hf:NAME' or a file")
+    t.add_argument('--tokens', type=int, default=7_000_000, help='of text')
+    t.add_argument('--features', type=int, nargs='+', default=[4096], help='sizes of the dictionaries')
+    t.add_argument('--l1', type=float, nargs='+', default=[2.5], help='coefficients; every size with every one')
+    t.add_argument('--batch', type=int, default=1024, help='vectors per step')
+    t.add_argument('--block', type=int, default=262_144, help='vectors shuffled together')
+    t.add_argument('--per-window', type=int, default=96, help='vectors from each window of text')
+    t.add_argument('--passes', type=int, default=1, help='over the text')
+    t.add_argument('--store', help='a folder for the activations, for repeated passes')
+    for name, value, what in (('lr', 1e-3, 'learning rate'), ('warmup', .02, 'share of steps'), ('decay', .2, 'share of steps'), ('rewarm', 0., 'share of steps, after a resampling'), ('l1-warmup', .1, 'share of steps')):
+        t.add_argument(f'--{name}', type=float, default=value, help=what)
+    t.add_argument('--resample-at', type=float, nargs='*', default=[.15, .3, .45, .6], help='shares of the run')
+    t.add_argument('--dead-window', type=int, default=100_000, help='vectors without firing that make a feature dead')
+    t.add_argument('--pool', type=int, default=40_960, help='inputs that a resampling draws from')
+    t.add_argument('--seed', type=int, default=0, help='of the initial weights')
+    t.add_argument('--device', help="such as 'cpu' or 'cuda'")
+    t.add_argument('--out', default='runs/dictionaries', help='where dictionaries and checkpoints go')
+    t.add_argument('--every', type=float, default=300., help='seconds between checkpoints')
+    t.set_defaults(run=_train)
     s = sub.add_parser('site', help='render the site and check its links', epilog='example: monosem site --out _docs')
     s.add_argument('--out', default='_docs', help='where the pages go')
     s.set_defaults(run=_site)
@@ -83,15 +136,15 @@ def parser() -> argparse.ArgumentParser: # For `main`
     sub.add_parser('info', help='versions and device').set_defaults(run=_info)
     return p
 
-# %% ../nbs/18_cli.ipynb #76cd6ff5
+# %% ../nbs/18_cli.ipynb #e279b1d0
 def main(
     argv:list[str]|None=None, # Arguments; those of the process by default
-) -> int: # Exit code: 0, 2 for a mistake of the caller, 130 for an interrupt
+) -> int: # Exit code: 0, 2 for a mistake of the caller, 130 for an interrupt; SIGTERM in a training run exits with 143
     "The `monosem` command."
     a = parser().parse_args(argv)
     try: a.run(a)
     except KeyboardInterrupt:
-        print('monosem: interrupted; finished stages are kept, run the same command to continue', file=sys.stderr)
+        print('monosem: interrupted; what is finished is kept, run the same command to go on', file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError, ArithmeticError, RuntimeError, subprocess.SubprocessError) as e:
         if os.environ.get('MONOSEM_DEBUG'): raise

@@ -95,8 +95,8 @@ def replacing(
         if target.is_dir(): os.replace(target, old)  # a folder is not replaced in one step: set the old one aside first
         os.replace(tmp, target)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as e:
-        raise OSError(f'cannot write {target}: {e.strerror or e}; free some space or choose a writable output folder.') from e
+    except (OSError, SafetensorError) as e:  # the tensors' writer has an error of its own for a full disk
+        raise OSError(f'cannot write {target}: {getattr(e, "strerror", None) or e}; free some space or choose a writable output folder.') from e
     finally:
         if tmp.is_dir(): shutil.rmtree(tmp, ignore_errors=True)
         else: tmp.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ Docs: https://monosem.github.io/monosem/reproduce.html.md"""
 __all__ = ['SCALES', 'Scale', 'Stages', 'corpus_name', 'reproduce', 'read_tests', 'markdown_table', 'report', 'ship', 'claims']
 
 # %% ../nbs/17b_reproduce.ipynb #69e8cfa6
-import json, resource, sys, time
+import json, resource, shutil, sys, time
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from .activations import ActivationStream, StreamConfig, at_neurons
+from .checkpoints import Checkpoints
 from .core import Config, Estimate, content_hash, load_artefact, replacing, run_record, write_json
 from .corpus import Mixture, _data_folder, load_corpus, load_tokenizer, manifest, token_windows, train_tokenizer
 from .evaluation import evaluate
@@ -42,8 +43,8 @@ class Scale(Config):
     lm: LMTrainConfig = LMTrainConfig()                     # How A is trained
     sae: SAEConfig = SAEConfig(l1=2.5)                      # Shape of A/1 and its coefficient
     stream: StreamConfig = StreamConfig(batch=1024, per_window=96) # How activations are drawn
-    train: SAETrainConfig = SAETrainConfig()                # How A/1 is trained
-    resample: ResampleConfig = ResampleConfig()             # When dead features are revived
+    train: SAETrainConfig = SAETrainConfig(warmup=.02, decay=.2, l1_warmup=.1) # How A/1 is trained
+    resample: ResampleConfig = ResampleConfig(at=(.15, .3, .45, .6), window=100_000, pool=40_960) # When dead features are revived
     lm_validation: int = 100_000                            # Validation tokens for the transformer's log
     eval_tokens: int = 300_000                              # Validation tokens for the dictionary's numbers
     test_tokens: int = 2_000_000                            # Validation tokens for the feature tests
@@ -51,12 +52,12 @@ class Scale(Config):
 SCALES = {
     'tiny': Scale('tiny', 'mini', Mixture(budget=150_000), d_vocab=1024, tokenizer_bytes=500_000,
                   model=TransformerConfig(d_vocab=1024, d_model=32, d_mlp=64, n_heads=2, n_ctx=64), sae=SAEConfig(d_in=64, n_feats=128, l1=.2),
-                  stream=StreamConfig(batch=256, block=16_384, per_window=32), train=SAETrainConfig(dead_window=20_000),
-                  resample=ResampleConfig(window=20_000, pool=4096), lm_validation=20_000, eval_tokens=20_000, test_tokens=150_000),
+                  stream=StreamConfig(batch=256, block=16_384, per_window=32), train=SAETrainConfig(warmup=.02, decay=.2, l1_warmup=.1, dead_window=20_000),
+                  resample=ResampleConfig(at=(.15, .3, .45, .6), window=20_000, pool=4096), lm_validation=20_000, eval_tokens=20_000, test_tokens=150_000),
     'small': Scale('small'),
     'paper': Scale('paper', mixture=Mixture(budget=300_000_000), lm=LMTrainConfig(batch=128, lr=2e-3, eval_every=2000),
-                   stream=StreamConfig(batch=8192, block=2**21, per_window=250), train=SAETrainConfig(lr=3e-4, dead_window=2_000_000),
-                   resample=ResampleConfig(at=(.025, .05, .075, .1), window=2_000_000, pool=819_200), lm_validation=1_000_000,
+                   stream=StreamConfig(batch=8192, block=2**21, per_window=250), train=SAETrainConfig(lr=3e-4, warmup=.02, decay=.2, l1_warmup=.1, dead_window=2_000_000),
+                   resample=ResampleConfig(window=2_000_000), lm_validation=1_000_000,
                    eval_tokens=2_000_000, test_tokens=10_000_000),
 }
 
@@ -152,10 +153,12 @@ def _make_transformer(path, scale, train, validation, device):
 def _make_sae(path, scale, model, windows, device):
     "Harvest activations, train and store A/1."
     stream, resampler = ActivationStream(at_neurons(model), windows, scale.stream, next(model.parameters()).device), Resampler(scale.resample)
-    done = train_sae(stream, scale.sae, scale.train, [resampler], next(model.parameters()).device, 'A/1')
+    kept = Checkpoints(path.with_name(f'{path.name}.checkpoints-{content_hash([scale.to_dict(), windows.hash])}'), every_s=60.)
+    done = train_sae(stream, scale.sae, scale.train, [resampler], next(model.parameters()).device, 'A/1', kept)
     last, vectors = done.log.iloc[-1], len(stream)*scale.stream.batch
     save_sae(done.sae, path, run_record(name='A/1', vectors=vectors, data=windows.hash, config=scale.train.to_dict(), stream=scale.stream.to_dict(),
              resampled=resampler.history, seconds=round(done.seconds), vectors_per_s=round(vectors/done.seconds), log=done.log.round(4).to_dict('records')))
+    shutil.rmtree(kept.folder, ignore_errors=True)  # the dictionary is saved
     return dict(vectors=vectors, vectors_per_s=round(vectors/done.seconds), L0=round(last.l0, 1), FVU=round(last.fvu, 3), dead=int(last.dead))
 
 def _make_evaluation(path, model, sae, windows):

@@ -7,7 +7,7 @@ Docs: https://monosem.github.io/monosem/resampling.html.md"""
 # %% auto #0
 __all__ = ['resample_dead', 'ResampleConfig', 'Resampler']
 
-# %% ../nbs/07a_resampling.ipynb #45e2a486
+# %% ../nbs/07a_resampling.ipynb #0f06cfd7
 from dataclasses import dataclass
 
 import torch
@@ -43,13 +43,13 @@ def resample_dead(
             if moment in opt.state.get(p, {}): opt.state[p][moment][where] = 0.
     return n
 
-# %% ../nbs/07a_resampling.ipynb #bd3a0e98
+# %% ../nbs/07a_resampling.ipynb #86f01d99
 @dataclass(frozen=True)
 class ResampleConfig(Config):
-    "When dead features are replaced (Bricken et al. 2023, *Neuron Resampling*)."
-    at: tuple = (.15, .3, .45, .6) # Shares of the run at which to resample; the paper: .025, .05, .075, .1
-    window: int = 100_000       # Vectors without firing that make a feature dead; the paper: 102,400,000
-    pool: int = 40_960          # Recent inputs to draw from; the paper: 819,200
+    "When dead features are replaced; the defaults are the paper's (Bricken et al. 2023, *Neuron Resampling*)."
+    at: tuple = (.025, .05, .075, .1) # Shares of the run at which to resample
+    window: int = 102_400_000   # Vectors without firing that make a feature dead
+    pool: int = 819_200         # Recent inputs to draw from
     scale: float = .2           # Encoder norm relative to the alive mean
     seed: int = 0               # Of the draws
 
@@ -57,7 +57,7 @@ class ResampleConfig(Config):
         check(all(0 < a < 1 for a in self.at), f'at={self.at}', 'shares of the run between 0 and 1', 'change them')
         check(self.window > 0 and self.pool > 0, f'window={self.window}, pool={self.pool}', 'positive numbers of vectors', 'raise them')
 
-# %% ../nbs/07a_resampling.ipynb #05ee8748
+# %% ../nbs/07a_resampling.ipynb #10a8f495
 class Resampler:
     "A callback for `train_sae` that resamples dead features on a schedule."
     def __init__(self,
@@ -69,12 +69,25 @@ class Resampler:
         state:TrainState, # What the loop shows after each step
     ) -> None:
         "Keep recent batches before a scheduled step, resample at it."
-        ahead = [round(a*state.n_steps)-state.step for a in self.cfg.at]
-        if any(0 <= a*len(state.x) < self.cfg.pool for a in ahead): self.recent.append(state.x)
-        if 0 not in ahead: return
+        steps = [round(a*state.n_steps) for a in self.cfg.at]
+        if state.step == 1: self._enough(min(steps, default=0), len(state.x))
+        if any(0 <= (s-state.step)*len(state.x) < self.cfg.pool for s in steps): self.recent.append(state.x)
+        if state.step not in steps: return
         dead = state.silent >= self.cfg.window
-        pool = torch.cat(self.recent)[-self.cfg.pool:].to(state.sae.W_dec.device)
-        n = resample_dead(state.sae, state.opt, pool, dead, self.gen, self.cfg.scale)
-        state.silent[dead] = 0
-        self.recent = []
+        n = resample_dead(state.sae, state.opt, torch.cat([x.to(state.x.device) for x in self.recent])[-self.cfg.pool:], dead, self.gen, self.cfg.scale)
+        state.silent[dead], self.recent, state.rewarm_from = 0, [], state.step
         self.history.append(dict(step=state.step, resampled=n))
+
+    def _enough(self, first:int, batch:int) -> None:
+        "Refuse a schedule that resamples before there is enough to draw from."
+        check(not self.cfg.at or first*batch >= self.cfg.pool, f'the first resampling after {first*batch:,} vectors, of which {self.cfg.pool:,} are to be considered', 'a pool that is there by then', 'lower `pool`, resample later (`at`), or train on more')
+
+    def state_dict(self) -> dict: # Arrays and JSON values
+        "What a checkpoint keeps."
+        kept = torch.cat(self.recent).cpu() if self.recent else torch.empty(0)
+        return dict(gen=self.gen.get_state(), recent=kept, sizes=[len(x) for x in self.recent], history=self.history)
+
+    def load_state_dict(self, d:dict) -> None:
+        "Go on from what a checkpoint kept."
+        self.gen.set_state(d['gen'])
+        self.recent, self.history = list(d['recent'].split(d['sizes'])) if d['sizes'] else [], d['history']

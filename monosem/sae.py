@@ -43,7 +43,7 @@ class SAE(nn.Module):
         super().__init__()
         self.cfg, gen = cfg, make_generator(cfg.seed)
         bound = cfg.d_in**-.5  # PyTorch's default for a linear layer, as in the paper
-        self.W_enc = nn.Parameter(torch.empty(cfg.d_in, cfg.n_feats).uniform_(-bound, bound, generator=gen))
+        self.W_enc = nn.Parameter(torch.empty(cfg.d_in, cfg.n_feats).uniform_(-bound, bound, generator=gen).T.contiguous().T)  # a feature's weights lie together
         self.b_enc = nn.Parameter(torch.zeros(cfg.n_feats))
         self.W_dec = nn.Parameter(F.normalize(torch.randn(cfg.n_feats, cfg.d_in, generator=gen), dim=-1))
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))

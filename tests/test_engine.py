@@ -1,0 +1,222 @@
+"The SAE engine: exact gradients at any density, data-parallel processes, streams that begin anywhere, bad input."
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file
+
+from monosem.activations import ActivationStore, ActivationStream, StreamConfig, store_activations
+from monosem.checkpoints import Checkpoints, differences, load_checkpoint, save_checkpoint
+from monosem.corpus import TokenWindows
+from monosem.kernels import DensitySwitch, active_set, dense_gradients, exact_loss, sparse_gradients
+from monosem.resampling import ResampleConfig, Resampler
+from monosem.sae import SAE, SAEConfig, sae_loss
+from monosem.training import SAETrainConfig, planted, step, train_sae, train_saes
+
+
+def _random(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _example(d, n, b, shift, seed, dtype=torch.float32):
+    sae = SAE(SAEConfig(d_in=d, n_feats=n, seed=seed))
+    with torch.no_grad():
+        sae.b_enc.copy_(shift+.1*_random(n, seed=seed+1))
+        sae.b_dec.copy_(.3*_random(d, seed=seed+2))
+    return sae.to(dtype), _random(b, d, seed=seed+3).to(dtype)
+
+
+def _autograd(sae, x, l1, active):
+    "float64 gradients of the formula as the paper writes it, on a given active set."
+    f = ((x-sae.b_dec)@sae.W_enc+sae.b_enc)*active
+    loss = ((x-f@sae.W_dec-sae.b_dec)**2).sum(-1).mean()+l1*f.sum(-1).mean()
+    return dict(zip(dict(sae.named_parameters()), torch.autograd.grad(loss, list(sae.parameters()))))
+
+
+@settings(max_examples=150, deadline=None)
+@given(d=st.integers(1, 70), n=st.integers(1, 200), b=st.integers(1, 40), shift=st.sampled_from([-50., -2., -.7, 0., .7, 3.]), l1=st.floats(0, 3),
+       tile=st.sampled_from([1, 7, 512]), seed=st.integers(0, 9))
+def test_gradients_are_exact_at_any_density(d, n, b, shift, l1, tile, seed):
+    "Both ways against float64 autograd: to 1e-5 of each tensor's norm, on the active set that float32 sees; where large terms cancel in the residual, float32 loses as many digits."
+    sae, x = _example(d, n, b, shift, seed)
+    f = sae.encode(x).detach()
+    active = f > 0
+    cancelled = float(((f@sae.W_dec.abs()).norm()/(x-sae.decode(f)).norm()).detach())
+    want = _autograd(_example(d, n, b, shift, seed, torch.float64)[0], x.double(), l1, active)
+    for out in (dense_gradients(sae, x, l1, tile=tile), sparse_gradients(sae, x, l1, tile=tile)):
+        for k, w in want.items(): assert (getattr(out, k)-w).norm() <= (1e-5+1e-7*cancelled)*w.norm()+1e-6, k
+        near = (sae.encode(x)-1e-5).abs() < 2e-5  # a feature at the very edge may fall on either side
+        if not near[active].any(): assert torch.equal(out.fired, active.sum(0))
+        assert abs(out.loss.l0*b-out.fired.sum()) < .01*max(1, b)
+
+
+def test_the_active_set_is_that_of_the_encoder():
+    sae, x = _example(20, 333, 17, -.5, 0)
+    start, index, value = active_set(sae.requires_grad_(False), x, tile=5)
+    f = torch.zeros(17, 333)
+    for b in range(17): f[b, index[start[b]:start[b+1]]] = torch.from_numpy(value[start[b]:start[b+1]])
+    assert torch.allclose(f, sae.encode(x), atol=1e-5) and all((np.diff(index[start[b]:start[b+1]]) > 0).all() for b in range(17))
+
+
+def test_one_step_is_the_same_in_both_ways_and_by_autograd():
+    results = []
+    for way in (dense_gradients, sparse_gradients, None):
+        sae, x = _example(24, 60, 50, -.3, 1)
+        opt = torch.optim.Adam(sae.parameters(), lr=1e-2, fused=True)
+        if way: step(sae, opt, x, .3, way)
+        else:
+            from monosem.sae import normalize_decoder, remove_parallel_gradient
+            f = sae.encode(x)
+            sae_loss(x, sae.decode(f), f, .3).total.backward()
+            remove_parallel_gradient(sae); opt.step(); normalize_decoder(sae)
+        results.append([p.detach().clone() for p in sae.parameters()])
+    for other in results[:2]:  # Adam's first step is lr times the sign of the gradient: entries whose gradient is rounding noise may differ
+        for a, b in zip(other, results[2]): assert ((a-b).abs() > 1e-4).float().mean() < .01
+
+
+def test_a_checkpointed_layout_or_a_foreign_one_trains_alike():
+    "Weights that are laid out row by row get the same step."
+    def run(relayout):
+        sae, x = _example(12, 40, 64, 0., 2)
+        if relayout: sae.W_enc.data = sae.W_enc.data.contiguous()
+        opt = torch.optim.Adam(sae.parameters(), lr=1e-2, fused=True)
+        for way in (dense_gradients, sparse_gradients): step(sae, opt, x, .1, way)
+        return sae
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(run(False).parameters(), run(True).parameters()))
+
+
+def test_exact_loss_is_for_loops_of_ones_own():
+    sae, x = _example(10, 30, 20, -.2, 3)
+    for way in (dense_gradients, sparse_gradients, DensitySwitch()):
+        sae.zero_grad()
+        (exact_loss(sae, x, .2, way)+sae.b_enc.square().sum()).backward()
+        want = _autograd(sae, x, .2, sae.encode(x) > 0)
+        assert torch.allclose(sae.b_enc.grad, want['b_enc']+2*sae.b_enc, atol=1e-5) and torch.allclose(sae.W_enc.grad, want['W_enc'], atol=1e-5)
+
+
+def _windows(n=100, pos=32, seed=0): return TokenWindows(np.random.default_rng(seed).integers(0, 500, (n, pos)).astype(np.uint16), np.zeros((n, pos), np.int32), [], {})
+
+
+def _stream(**kw): return ActivationStream(lambda t: torch.stack([t.float(), t.float()**.5], -1), _windows(), StreamConfig(**dict(dict(batch=20, block=300, per_window=10) | kw)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(batch=st.integers(1, 60), block=st.integers(60, 1200), passes=st.integers(1, 3), share=st.floats(0, 1))
+def test_a_stream_goes_on_from_anywhere(batch, block, passes, share):
+    s = _stream(batch=batch, block=block, passes=passes)
+    whole, start = list(s), int(share*len(s))
+    assert len(whole) == len(s)
+    rest = list(s.batches(start))
+    assert len(rest) == len(s)-start and all(torch.equal(a, b) for a, b in zip(rest, whole[start:]))
+
+
+def test_passes_differ_in_order_and_a_store_in_nothing_else(tmp_path):
+    s = _stream()
+    store = store_activations(s, tmp_path/'s', half=False)
+    twice = ActivationStore(tmp_path/'s', 20, passes=2)
+    rows = lambda bs: sorted(map(tuple, torch.cat(bs).tolist()))
+    a, b = list(twice)[:len(s)], list(twice)[len(s):]
+    assert rows(a) == rows(b) == rows(list(s)) == rows(list(store)) and not torch.equal(torch.cat(a), torch.cat(b))
+    with pytest.raises(ValueError, match='other activations.*per_window'): store_activations(_stream(per_window=9), tmp_path/'s', half=False)
+
+
+def test_half_precision_refuses_what_it_cannot_hold(tmp_path):
+    huge = ActivationStream(lambda t: torch.full((*t.shape, 2), 1e5), _windows(), StreamConfig(batch=20, block=300, per_window=10))
+    with pytest.raises(ValueError, match='half=False'): store_activations(huge, tmp_path/'h')
+    assert len(store_activations(huge, tmp_path/'f', half=False)) > 0
+
+
+def test_several_dictionaries_are_as_alone():
+    _, x = planted(20, 10, 12_000)
+    resample = ResampleConfig(at=(.3, .6), window=500, pool=512)
+    cfgs = [SAEConfig(d_in=10, n_feats=n, l1=.1, seed=n) for n in (15, 30)]
+    both = train_saes(x.split(100), cfgs, SAETrainConfig(lr=1e-2, rewarm=.05), lambda: [Resampler(resample)])
+    for c, t in zip(cfgs, both):
+        alone = train_sae(x.split(100), c, SAETrainConfig(lr=1e-2, rewarm=.05), [Resampler(resample)])
+        assert all(torch.equal(p, q) for p, q in zip(alone.sae.parameters(), t.sae.parameters())) and alone.log.equals(t.log)
+
+
+def test_the_rate_rises_again_after_a_resampling():
+    _, x = planted(20, 10, 10_000)
+    rates = []
+    train_sae(x.split(100), SAEConfig(d_in=10, n_feats=15, l1=.1), SAETrainConfig(lr=1e-2, rewarm=.1), [Resampler(ResampleConfig(at=(.5,), window=500, pool=512)), lambda s: rates.append(s.opt.param_groups[0]['lr'])])
+    assert rates[:50] == [1e-2]*50 and np.allclose(rates[50:61], [1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3, 7e-3, 8e-3, 9e-3, 1e-2, 1e-2])
+
+
+PARALLEL = '''
+import sys, torch
+from safetensors.torch import save_file
+from monosem.activations import ActivationStream, StreamConfig
+from monosem.checkpoints import Checkpoints
+from monosem.corpus import TokenWindows
+from monosem.parallel import join_processes, process_number, share_harvest
+from monosem.resampling import ResampleConfig, Resampler
+from monosem.sae import SAEConfig
+from monosem.training import SAETrainConfig, train_sae
+import numpy as np
+out, what = sys.argv[1:]
+join_processes()
+gen = np.random.default_rng(process_number() if what == 'data' else 0)
+table = torch.from_numpy(np.random.default_rng(1).standard_normal((500, 48)).astype('float32')).relu()
+windows = TokenWindows(gen.integers(0, 500, (801, 32)).astype(np.uint16), np.zeros((801, 32), np.int32), [], {})
+stream = ActivationStream(share_harvest(lambda t: table[t]), windows, StreamConfig(batch=127, block=4096, per_window=16), harvest_batch=7)
+cfg = SAEConfig(d_in=48, n_feats=96, l1=1., seed=process_number() if what == 'seed' else 0)
+resampler = Resampler(ResampleConfig(at=(.5,), window=300, pool=1024))
+done = train_sae(stream, cfg, SAETrainConfig(lr=2e-3), [resampler, lambda s: s.step == 1 and s.sae.b_enc.data[:20].fill_(-50.)], checkpoints=Checkpoints(out+'-checkpoints', every_s=None, every_steps=30))
+if process_number() == 0: save_file({k: p.contiguous() for k,p in done.sae.named_parameters()} | dict(resampled=torch.tensor([h['resampled'] for h in resampler.history]), dead=torch.tensor(done.log.dead.to_list())), out)
+'''
+
+
+def _run(tmp_path, n, what='weights', out=None):
+    (tmp_path/'p.py').write_text(PARALLEL)
+    torchrun = ['-m', 'torch.distributed.run', '--nproc-per-node', str(n), '--rdzv-backend', 'c10d', '--rdzv-endpoint', 'localhost:0'] if n > 1 else []
+    return subprocess.run([sys.executable, *torchrun, tmp_path/'p.py', tmp_path/(out or f'{n}.safetensors'), what], capture_output=True, text=True, timeout=300,
+                          env=os.environ | dict(IN_TEST='1', OMP_NUM_THREADS='1'))
+
+
+def test_two_processes_are_as_one(tmp_path):
+    "100 steps of one global batch, harvested, trained and resampled by one process and by two; batches of 127 do not divide evenly."
+    for n in (1, 2): assert (r := _run(tmp_path, n)).returncode == 0, r.stderr
+    one, two = (load_file(tmp_path/f'{n}.safetensors') for n in (1, 2))
+    assert torch.equal(one['resampled'], two['resampled']) and one['resampled'].sum() > 0 and torch.equal(one['dead'], two['dead'])
+    for k in ('W_enc', 'b_enc', 'W_dec', 'b_dec'): assert (one[k]-two[k]).norm() <= 1e-5*one[k].norm(), k
+    last = load_checkpoint(tmp_path/'2.safetensors-checkpoints')
+    assert last.step == 90  # written once, by process 0
+    r = _run(tmp_path, 1, out='2.safetensors')  # what two began, one finishes: the number of processes is no setting
+    assert r.returncode == 0 and (load_file(tmp_path/'2.safetensors')['W_dec']-one['W_dec']).norm() <= 1e-5*one['W_dec'].norm()
+
+
+@pytest.mark.parametrize('what,named', [('seed', 'dictionaries[0].seed: 1, not 0'), ('data', 'data.windows')])
+def test_processes_that_differ_are_stopped(tmp_path, what, named):
+    r = _run(tmp_path, 2, what)
+    assert r.returncode != 0 and 'different settings in different processes' in r.stderr and named in r.stderr and not (tmp_path/'2.safetensors').exists()
+
+
+@pytest.mark.parametrize('make,what', [
+    (lambda: sparse_gradients(*_example(4, 8, 3, 0., 0, torch.float64), .1), 'float64'),
+    (lambda: dense_gradients(_example(4, 8, 3, 0., 0)[0], torch.zeros(3, 4, dtype=torch.half), .1), 'float16'),
+    (lambda: sparse_gradients(_example(4, 8, 3, 0., 0)[0], torch.zeros(3, 5), .1), '(3, 5)'),
+    (lambda: dense_gradients(_example(4, 8, 3, 0., 0)[0], torch.zeros(0, 4), .1), '(0, 4)'),
+    (lambda: dense_gradients(_example(4, 8, 3, 0., 0)[0], torch.zeros(3, 4, device='meta'), .1), 'meta'),
+    (lambda: DensitySwitch(.5, .1), 'low=0.5'),
+    (lambda: train_sae(iter([torch.zeros(3, 4)]), SAEConfig(4, 8)), 'without a length'),
+    (lambda: train_sae([], SAEConfig(4, 8)), 'without batches'),
+    (lambda: _stream(batch=1200, block=1200), 'batches of 1,200'),
+    (lambda: train_sae(_random(1000, 4).split(100), SAEConfig(4, 8), callbacks=[Resampler(ResampleConfig(at=(.1,), pool=500))]), 'first resampling after 100 vectors'),
+    (lambda: Checkpoints('x', every_s=0.), 'every_s=0.0'), (lambda: save_checkpoint('x', 1, {}, {}, keep=0), 'keep=0')])
+def test_bad_input_names_what_was_given(make, what):
+    with pytest.raises(ValueError) as e: make()
+    assert what in str(e.value) and 'expected' in str(e.value)
+
+
+def test_noncontiguous_batches_are_fine():
+    sae, x = _example(6, 12, 10, 0., 0)
+    odd = x.T.contiguous().T
+    assert not odd.is_contiguous() and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(sparse_gradients(sae, odd, .1)[2:], sparse_gradients(sae, x, .1)[2:]))
+
+
+def test_differences_name_the_place():
+    assert differences({'a': {'b': [1, 2]}}, {'a': {'b': [1, 3]}}) == ['a.b[1]: 2, not 3'] and differences({'a': 1}, {}) == ['a: 1, not None']

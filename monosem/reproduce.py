@@ -142,18 +142,24 @@ def _make_tokenizer(path, corpus, scale):
     with replacing(path) as tmp: train_tokenizer(corpus, scale.mixture, scale.d_vocab, scale.tokenizer_bytes).save(str(tmp))
     return dict(tokens=scale.d_vocab, corpus=f'{corpus.name} ({len(corpus):,} documents)')
 
+def _checkpoints(path, scale, windows):
+    "Where a stage of this scale on this text keeps its checkpoints."
+    return Checkpoints(path.with_name(f'{path.name}.checkpoints-{content_hash([scale.to_dict(), windows.hash])}'), every_s=60.)
+
 def _make_transformer(path, scale, train, validation, device):
     "Train and store A."
-    done = train_transformer(build_transformer(scale.model, device), train, validation, scale.lm)
+    kept = _checkpoints(path, scale, train)
+    done = train_transformer(build_transformer(scale.model, device), train, validation, scale.lm, kept)
     log, rate = done.log.round(4), round(train.n_tokens/done.seconds)
     save_transformer(done.model, scale.model, path, run_record(name='A', tokens=train.n_tokens, data=train.hash, config=scale.lm.to_dict(), epochs=train.epochs,
                      seconds=round(done.seconds), tokens_per_s=rate, validation_nats=log.validation_nats.iloc[-1], log=log.to_dict('records')))
+    shutil.rmtree(kept.folder, ignore_errors=True)  # the model is saved
     return dict(tokens=train.n_tokens, tokens_per_s=rate, validation_nats=float(log.validation_nats.iloc[-1]))
 
 def _make_sae(path, scale, model, windows, device):
     "Harvest activations, train and store A/1."
     stream, resampler = ActivationStream(at_neurons(model), windows, scale.stream, next(model.parameters()).device), Resampler(scale.resample)
-    kept = Checkpoints(path.with_name(f'{path.name}.checkpoints-{content_hash([scale.to_dict(), windows.hash])}'), every_s=60.)
+    kept = _checkpoints(path, scale, windows)
     done = train_sae(stream, scale.sae, scale.train, [resampler], next(model.parameters()).device, 'A/1', kept)
     last, vectors = done.log.iloc[-1], len(stream)*scale.stream.batch
     save_sae(done.sae, path, run_record(name='A/1', vectors=vectors, data=windows.hash, config=scale.train.to_dict(), stream=scale.stream.to_dict(),

@@ -8,7 +8,7 @@ Docs: https://monosem.github.io/monosem/training.html.md"""
 __all__ = ['SAETrainConfig', 'ramp', 'step', 'TrainState', 'pack_state', 'unpack_state', 'TrainedSAE', 'train_saes', 'train_sae',
            'planted', 'plot_training', 'Dashboard']
 
-# %% ../nbs/07_training.ipynb #ee8248a5
+# %% ../nbs/07_training.ipynb #7b58185f
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from safetensors.torch import save_file
 
-from .checkpoints import Checkpoints, StopSignals
+from .checkpoints import Checkpoints, StopSignals, pack_weights, unpack_weights
 from .core import Config, check, progress, replacing
 from .kernels import DensitySwitch, dense_gradients
 from .parallel import SharedGradients, agree, any_process, n_processes, process_number
@@ -120,14 +120,13 @@ class TrainState:
             self.log.append(dict(step=self.step, vectors=self.vectors, **parts, fvu=parts['mse']/variance, dead=int((self.silent >= cfg.dead_window).sum())))
         for call in self.callbacks: call(self)
 
-# %% ../nbs/07_training.ipynb #3825f754
+# %% ../nbs/07_training.ipynb #1c61a151
 def pack_state(
     s:TrainState, # A run
 ) -> tuple[dict[str, Tensor], dict]: # Arrays, and the rest, JSON-ready
     "Everything that the next step depends on."
-    tensors, meta = dict(silent=s.silent, density=s.density), dict(step=s.step, vectors=s.vectors, log=s.log, rewarm_from=s.rewarm_from, sparse=getattr(s.gradients, 'sparse', False))
-    for name, p in s.sae.named_parameters():
-        tensors |= {f'sae.{name}': p.detach()} | {f'adam.{name}.{k}': v for k,v in s.opt.state[p].items()}
+    tensors = dict(silent=s.silent, density=s.density) | pack_weights(s.sae.named_parameters(), s.opt)
+    meta = dict(step=s.step, vectors=s.vectors, log=s.log, rewarm_from=s.rewarm_from, sparse=getattr(s.gradients, 'sparse', False))
     for i,c in enumerate(s.callbacks):
         for k,v in (c.state_dict() if hasattr(c, 'state_dict') else {}).items():
             (tensors if isinstance(v, Tensor) else meta)[f'callback{i}.{k}'] = v
@@ -143,9 +142,7 @@ def unpack_state(
     s.step, s.vectors, s.log, s.rewarm_from, s.gradients.sparse = (meta[k] for k in ('step', 'vectors', 'log', 'rewarm_from', 'sparse'))
     s.silent.copy_(tensors['silent'])
     s.density.copy_(tensors['density'])
-    for name, p in s.sae.named_parameters():
-        p.copy_(tensors[f'sae.{name}'])
-        s.opt.state[p] = {k: tensors[f'adam.{name}.{k}'].to(p.device) if k == 'step' else torch.empty_like(p).copy_(tensors[f'adam.{name}.{k}']) for k in ('step', 'exp_avg', 'exp_avg_sq')}
+    unpack_weights(s.sae.named_parameters(), s.opt, tensors)
     for i,c in enumerate(s.callbacks):
         if hasattr(c, 'load_state_dict'): c.load_state_dict({k.removeprefix(f'callback{i}.'): v for k,v in (tensors | meta).items() if k.startswith(f'callback{i}.')})
 

@@ -11,6 +11,7 @@ __all__ = ['TransformerConfig', 'build_transformer', 'weights', 'mlp_acts', 'lay
 
 # %% ../nbs/04_transformer.ipynb #637a3a27
 import math, time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +25,7 @@ from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from .checkpoints import Checkpoints, StopSignals, pack_weights, unpack_weights
 from .core import Config, check, load_artefact, make_generator, pick_device, progress, save_artefact
 from .corpus import EOT, TokenWindows
 
@@ -172,6 +174,7 @@ def train_transformer(
     train:TokenWindows, # Training windows, read once in random order
     validation:TokenWindows|None=None, # Windows for the validation loss
     cfg:LMTrainConfig=LMTrainConfig(), # How
+    checkpoints:Checkpoints|None=None, # Where to keep and find checkpoints; none by default
 ) -> TrainedTransformer: # The model and its log
     "Train a transformer on every window once."
     device, w = next(model.parameters()).device, weights(model)
@@ -180,21 +183,28 @@ def train_transformer(
     opt = torch.optim.AdamW([dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.)],
                             lr=cfg.lr, betas=cfg.betas, fused=True)
     order = torch.randperm(len(train), generator=make_generator(cfg.seed)).split(cfg.batch)
-    tokens, log, start, seen = torch.as_tensor(train.tokens.astype(np.int64)), [], time.time(), 0
+    tokens, log, start, begin = torch.as_tensor(train.tokens.astype(np.int64)), [], time.time(), 0
+    settings = dict(training=cfg.to_dict(), data=train.hash, n_steps=len(order), shapes={k: list(p.shape) for k,p in w.items()})
+    if found := checkpoints.load(settings) if checkpoints else None:
+        unpack_weights(w.items(), opt, found.tensors)
+        begin, log, start = found.step, found.meta['log'], start-found.meta['seconds']
     model.train()
-    with progress(train.n_tokens, 'transformer') as bar:
-        for step, rows in enumerate(order):
+    with StopSignals() if checkpoints else nullcontext() as stop, progress(train.n_tokens, 'transformer') as bar:
+        bar.update(sum(tokens[rows].numel() for rows in order[:begin]))
+        for step, rows in enumerate(order[begin:], begin):
             for g in opt.param_groups: g['lr'] = cfg.lr*cosine_schedule(step, len(order), cfg.warmup, cfg.final)
             loss = loss_nats(model, tokens[rows].to(device))
             check(bool(torch.isfinite(loss)), f'a loss of {loss.item()} at step {step}', 'a finite loss', 'lower the learning rate', FloatingPointError)
             opt.zero_grad(); loss.backward()
             torch.nn.utils.clip_grad_norm_(w.values(), cfg.clip)
             opt.step()
-            seen += tokens[rows].numel()
             bar.update(tokens[rows].numel()); bar.set_postfix(loss=f'{loss.item():.3f}', refresh=False)
             if step % cfg.eval_every == 0 or step == len(order)-1:
-                log.append(dict(step=step, tokens=seen, train_nats=loss.item(), seconds=time.time()-start,
+                log.append(dict(step=step, tokens=sum(r.numel() for r in order[:step+1])*tokens.shape[1], train_nats=loss.item(), seconds=time.time()-start,
                                 validation_nats=mean_loss(model, validation) if validation else float('nan')))
+            if checkpoints and (stop.received or checkpoints.due(step+1)):
+                checkpoints.save(step+1, pack_weights(w.items(), opt), dict(log=log, seconds=time.time()-start), settings, must=bool(stop.received))
+                if stop.received: stop.leave(f'stopped after step {step+1}; the same call goes on from there')
     model.eval()
     return TrainedTransformer(model, pd.DataFrame(log), time.time()-start)
 

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SHELL = /bin/bash
 .DEFAULT_GOAL = help
-.PHONY: help run test lab docs bench results config export clean
+.PHONY: help run test slow lab docs bench results config export clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -23,6 +23,9 @@ run: .venv/done ## the main job: text -> transformer -> dictionary -> tested fea
 
 test: .venv/done ## every check
 	@bash .ci/checks $(BIN)
+
+slow: .venv/done ## the slow tests too: a training process is killed 24 times
+	@MONOSEM_SLOW=1 $(BIN)/python -m pytest -q -rs
 
 lab: .venv/done ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab nbs

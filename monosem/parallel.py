@@ -7,8 +7,8 @@ Docs: https://monosem.github.io/monosem/parallel.html.md"""
 # %% auto #0
 __all__ = ['join_processes', 'n_processes', 'process_number', 'SharedGradients', 'share_harvest', 'any_process', 'agree']
 
-# %% ../nbs/06c_parallel.ipynb #223ee10a
-import json, os
+# %% ../nbs/06c_parallel.ipynb #ff8c7aff
+import atexit, json, os
 from typing import Any, Callable
 
 import torch
@@ -21,13 +21,16 @@ from .core import check
 from .kernels import Gradients
 from .sae import SAE, SAELoss
 
-# %% ../nbs/06c_parallel.ipynb #09e27754
+# %% ../nbs/06c_parallel.ipynb #d3bbccbc
 def join_processes(
     device:str|torch.device='cpu', # Where this process computes
 ) -> bool: # Whether there is more than one process
     "Join the processes that torchrun started, if it did."
     if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if torch.device(device).type == 'cuda' else 'gloo')
+        gpu = torch.device(device).type == 'cuda'
+        if gpu: torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        dist.init_process_group('nccl' if gpu else 'gloo')
+        atexit.register(dist.destroy_process_group)
     return n_processes() > 1
 
 def n_processes() -> int: # 1 without torchrun

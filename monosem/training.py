@@ -8,8 +8,8 @@ Docs: https://monosem.github.io/monosem/training.html.md"""
 __all__ = ['SAETrainConfig', 'ramp', 'step', 'TrainState', 'pack_state', 'unpack_state', 'TrainedSAE', 'train_saes', 'train_sae',
            'planted', 'plot_training', 'Dashboard']
 
-# %% ../nbs/07_training.ipynb #7b58185f
-import time
+# %% ../nbs/07_training.ipynb #dda80d15
+import os, time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -257,7 +257,7 @@ def planted(
     on = torch.rand(n, n_true, generator=gen) < active/n_true
     return truth, (on*(.5+torch.rand(n, n_true, generator=gen)))@truth
 
-# %% ../nbs/07_training.ipynb #2c29a589
+# %% ../nbs/07_training.ipynb #e22afa02
 def plot_training(
     states:Sequence[TrainState], # Dictionaries in training, or done
 ): # A plotly figure
@@ -266,7 +266,7 @@ def plot_training(
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
     from monosem.plotting import COLORS, DASHES
-    fig = make_subplots(2, 2, subplot_titles=('loss', 'L0: features per vector', 'dead features', 'density: share of vectors a feature fires on'), vertical_spacing=.2)
+    fig = make_subplots(2, 2, subplot_titles=('loss', 'L0: features per vector', 'dead features', 'features by density'), vertical_spacing=.22)
     for i,s in enumerate(states):
         log, style = s.metrics, dict(name=str(s.sae), legendgroup=i, line=dict(color=COLORS[i%len(COLORS)], dash=DASHES[i%len(DASHES)]), hovertemplate='%{x:,} vectors: %{y:.4g}<extra></extra>')
         for k,(column, row, col) in enumerate((('total', 1, 1), ('l0', 1, 2), ('dead', 2, 1))):
@@ -274,13 +274,14 @@ def plot_training(
         height, edges = np.histogram(np.log10(s.density.cpu().numpy().clip(1e-8)), bins=np.arange(-8, .01, .25))
         fig.add_scatter(x=edges[:-1]+.125, y=height, mode='lines', line_shape='hvh', showlegend=False, row=2, col=2, **style | dict(hovertemplate='10^%{x:.2f}: %{y} features<extra></extra>'))
     fig.update_yaxes(type='log', row=1)
-    fig.update_xaxes(title='vectors seen')
-    fig.update_xaxes(title='log10 of the density', row=2, col=2)
-    return fig.update_layout(height=560, title=f'After {states[0].vectors:,} vectors', legend=dict(orientation='h', y=-.2))
+    fig.update_yaxes(rangemode='tozero', row=2)
+    fig.update_xaxes(title='vectors seen', row=2, col=1)
+    fig.update_xaxes(title='log10 density', row=2, col=2)
+    return fig.update_layout(height=560, title=f'After {states[0].vectors:,} vectors', legend=dict(orientation='h', y=-.22))
 
-# %% ../nbs/07_training.ipynb #363dc71b
+# %% ../nbs/07_training.ipynb #3f8bde65
 class Dashboard:
-    "A callback that draws `plot_training` while the loop runs; one may serve several dictionaries."
+    "A callback that draws `plot_training` while the loop runs; one may serve several dictionaries. In tests only the last picture is drawn."
     def __init__(self,
         every_s:float=3., # Seconds between pictures
     ):
@@ -292,7 +293,7 @@ class Dashboard:
         "Redraw when it is time, and at the end."
         if state not in self.states: self.states.append(state)
         if state is not self.states[-1] or not state.log: return
-        if state.step < state.n_steps and time.monotonic()-self.last < self.every_s: return
+        if state.step < state.n_steps and ('IN_TEST' in os.environ or time.monotonic()-self.last < self.every_s): return
         from IPython.display import display
         self.last, fig = time.monotonic(), plot_training(self.states)
         if self.shown: self.shown.update(fig)

@@ -64,10 +64,10 @@ def harvest(plan):
 
 
 def starting_weights(folder, n_feats, batch):
-    "The weights that monosem starts from, for the others: seed 0, and the geometric median of the first batch."
+    "The weights that monosem starts from, for the others: seed 0, encoder transposed, and the geometric median of the first batch."
     import torch
     from monosem.sae import SAE, SAEConfig, geometric_median
-    path, sae = folder/f'start-{n_feats}-{batch}.npz', SAE(SAEConfig(D_IN, n_feats))
+    path, sae = folder/f'start-{n_feats}-{batch}.npz', SAE(SAEConfig(D_IN, n_feats, start='transposed'))
     first = torch.from_numpy(np.fromfile(folder/'train.f16', np.float16, batch*D_IN).reshape(batch, D_IN).astype(np.float32))
     np.savez(path, **{k: getattr(sae, k).detach().numpy() for k in ('W_enc', 'b_enc', 'W_dec')}, b_dec=geometric_median(first).numpy())
     return path

@@ -33,7 +33,7 @@ def _reproduce(a:argparse.Namespace) -> None:
         t = time.time()
         print(f'[site] {build_site(root)}/index.html rendered in {time.time()-t:.0f} s', flush=True)
 
-# %% ../nbs/18_cli.ipynb #0e26ea16
+# %% ../nbs/18_cli.ipynb #42d21149
 def _train(a:argparse.Namespace) -> None:
     "Train dictionaries of several sizes and coefficients on one stream of a model's neurons."
     from monosem.activations import ActivationStore, ActivationStream, StreamConfig, at_neurons, store_activations
@@ -53,8 +53,8 @@ def _train(a:argparse.Namespace) -> None:
     batches = ActivationStream(share_harvest(at_neurons(model)), windows, StreamConfig(batch=a.batch, block=a.block, per_window=a.per_window, passes=a.passes), device)
     if a.store: batches = ActivationStore(store_activations(batches, a.store).folder, a.batch, a.passes)
     vectors, d_in = len(batches)*a.batch, model.cfg.d_mlp
-    cfgs = [SAEConfig(d_in=d_in, n_feats=n, l1=l1, seed=a.seed) for n in a.features for l1 in a.l1]
-    cfg = SAETrainConfig(lr=a.lr, warmup=a.warmup, decay=a.decay, rewarm=a.rewarm, l1_warmup=a.l1_warmup, dead_window=a.dead_window)
+    cfgs = [SAEConfig(d_in=d_in, n_feats=n, l1=l1, seed=a.seed, start=a.start) for n in a.features for l1 in a.l1]
+    cfg = SAETrainConfig(lr=a.lr, warmup=a.warmup, decay=a.decay, rewarm=a.rewarm, l1_warmup=a.l1_warmup, clip=a.clip, dead_window=a.dead_window)
     resample = ResampleConfig(at=tuple(a.resample_at), window=a.dead_window, pool=a.pool)
     done = train_saes(batches, cfgs, cfg, lambda: [Resampler(resample)], device, 'dictionaries', Checkpoints(Path(a.out)/'checkpoints', every_s=a.every))
     for d in done if process_number() == 0 else []:
@@ -90,7 +90,7 @@ def _info(a:argparse.Namespace) -> None:
     for p in ('torch', 'transformer-lens', 'tokenizers', 'plotly'): print(f'{p:18}{version(p)}')
     print(f'{"monosem":18}{__version__}\n{"device":18}{pick_device()}')
 
-# %% ../nbs/18_cli.ipynb #7faa5bb0
+# %% ../nbs/18_cli.ipynb #e03b211f
 def parser() -> argparse.ArgumentParser: # For `main`
     "The arguments of all commands."
     p = argparse.ArgumentParser('monosem', description='Towards Monosemanticity as something you can run.')
@@ -116,11 +116,12 @@ def parser() -> argparse.ArgumentParser: # For `main`
     t.add_argument('--per-window', type=int, default=96, help='vectors from each window of text')
     t.add_argument('--passes', type=int, default=1, help='over the text')
     t.add_argument('--store', help='a folder for the activations, for repeated passes')
-    for name, value, what in (('lr', 1e-3, 'learning rate'), ('warmup', .02, 'share of steps'), ('decay', .2, 'share of steps'), ('rewarm', 0., 'share of steps, after a resampling'), ('l1-warmup', .1, 'share of steps')):
+    for name, value, what in (('lr', 1e-3, 'learning rate'), ('warmup', .02, 'share of steps'), ('decay', .2, 'share of steps'), ('rewarm', 0., 'share of steps, after a resampling'), ('l1-warmup', .1, 'share of steps'), ('clip', 1., 'longest gradient; 0 for any, as in the paper')):
         t.add_argument(f'--{name}', type=float, default=value, help=what)
     t.add_argument('--resample-at', type=float, nargs='*', default=[.15, .3, .45, .6], help='shares of the run')
     t.add_argument('--dead-window', type=int, default=100_000, help='vectors without firing that make a feature dead')
     t.add_argument('--pool', type=int, default=40_960, help='inputs that a resampling draws from')
+    t.add_argument('--start', choices=['random', 'transposed'], default='transposed', help="of the encoder; the paper's is random")
     t.add_argument('--seed', type=int, default=0, help='of the initial weights')
     t.add_argument('--device', help="such as 'cpu' or 'cuda'")
     t.add_argument('--out', default='runs/dictionaries', help='where dictionaries and checkpoints go')

@@ -202,7 +202,7 @@ def sparse_gradients(
     loss = SAELoss(mean_mse+l1*norm1, mean_mse, norm1, torch.tensor(len(index)/batch))
     return Gradients(loss, torch.from_numpy(np.diff(first)), torch.from_numpy(W_enc_T).T, b_enc, torch.from_numpy(W_dec), torch.from_numpy(delta).sum(0)-sae.W_enc@b_enc)
 
-# %% ../nbs/06a_kernels.ipynb #6b1db732
+# %% ../nbs/06a_kernels.ipynb #26633d84
 class DensitySwitch:
     "Computes gradients the sparse way while few features fire, the dense way otherwise."
     def __init__(self,
@@ -224,6 +224,16 @@ class DensitySwitch:
         density = float(out.loss.l0)/sae.cfg.n_feats
         self.sparse = density < (self.high if self.sparse else self.low)
         return out
+
+    def state_dict(self) -> dict: # `sparse`
+        "What the next step depends on."
+        return dict(sparse=self.sparse)
+
+    def load_state_dict(self,
+        state:dict, # From `state_dict`
+    ) -> None:
+        "Go on as then."
+        self.sparse = state['sparse']
 
 # %% ../nbs/06a_kernels.ipynb #913e27f9
 class _ExactLoss(torch.autograd.Function):

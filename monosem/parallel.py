@@ -41,7 +41,7 @@ def process_number() -> int: # 0 to n_processes() - 1
     "Which of them this one is; number 0 writes files and shows progress."
     return dist.get_rank() if dist.is_initialized() else 0
 
-# %% ../nbs/06c_parallel.ipynb #a1865833
+# %% ../nbs/06c_parallel.ipynb #b6c9a30a
 class SharedGradients:
     "Wraps a way to compute gradients: each process takes its slice of the batch, all add up."
     def __init__(self,
@@ -64,11 +64,15 @@ class SharedGradients:
         parts = [f.view(p.shape) for f,p in zip(flat.split([p.numel() for p in parts]), parts)]
         return Gradients(SAELoss(*parts[:4]), parts[-1].round().long(), parts[4].T, *parts[5:-1])
 
-    @property
-    def sparse(self) -> bool: return getattr(self.gradients, 'sparse', False)
+    def state_dict(self) -> dict: # That of the way it wraps
+        "What the next step depends on."
+        return self.gradients.state_dict() if hasattr(self.gradients, 'state_dict') else {}
 
-    @sparse.setter
-    def sparse(self, on:bool): self.gradients.sparse = on
+    def load_state_dict(self,
+        state:dict, # From `state_dict`
+    ) -> None:
+        "Go on as then."
+        if state: self.gradients.load_state_dict(state)
 
 # %% ../nbs/06c_parallel.ipynb #08ad88ab
 def share_harvest(

@@ -8,7 +8,7 @@ Docs: https://monosem.github.io/monosem/sae.html.md"""
 __all__ = ['SAEConfig', 'SAE', 'SAELoss', 'sae_loss', 'l1_from_mean_mse', 'remove_parallel_gradient', 'normalize_decoder',
            'geometric_median', 'save_sae', 'load_sae']
 
-# %% ../nbs/06_sae.ipynb #e77af798
+# %% ../nbs/06_sae.ipynb #d16e5c73
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .core import Config, check, load_artefact, make_generator, pick_device, save_artefact
 
-# %% ../nbs/06_sae.ipynb #c34de694
+# %% ../nbs/06_sae.ipynb #a6a9724e
 @dataclass(frozen=True)
 class SAEConfig(Config):
     "Shape of a sparse autoencoder and its sparsity coefficient (Bricken et al. 2023, *Sparse Autoencoder Setup*)."
@@ -29,12 +29,14 @@ class SAEConfig(Config):
     n_feats: int = 4096 # Dictionary elements
     l1: float = 1.      # Weight of the L1 term, see `sae_loss` for its unit
     seed: int = 0       # Of the initial weights
+    start: str = 'random' # Of the encoder: 'random' as in the paper, or 'transposed', a tenth of the decoder's transpose
 
     def __post_init__(self):
         check(self.d_in > 0 and self.n_feats > 0, f'd_in={self.d_in}, n_feats={self.n_feats}', 'positive integers', 'choose at least 1 feature')
         check(self.l1 >= 0, f'l1={self.l1}', 'a coefficient >= 0', 'use 0 for no sparsity')
+        check(self.start in ('random', 'transposed'), f'start={self.start!r}', "'random' or 'transposed'", 'choose one')
 
-# %% ../nbs/06_sae.ipynb #4ceb7f30
+# %% ../nbs/06_sae.ipynb #66897361
 class SAE(nn.Module):
     "A sparse autoencoder with a pre-encoder bias, an untied encoder and unit-norm decoder rows."
     def __init__(self,
@@ -47,6 +49,7 @@ class SAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(cfg.n_feats))
         self.W_dec = nn.Parameter(F.normalize(torch.randn(cfg.n_feats, cfg.d_in, generator=gen), dim=-1))
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
+        if cfg.start == 'transposed': self.W_enc.data.copy_(.1*self.W_dec.data.T)
 
     def encode(self,
         x:Float[Tensor, '... d_in'], # Activations

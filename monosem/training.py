@@ -29,7 +29,7 @@ from .kernels import DensitySwitch, dense_gradients
 from .parallel import SharedGradients, agree, any_process, n_processes, process_number
 from .sae import SAE, SAEConfig, geometric_median, normalize_decoder, remove_parallel_gradient
 
-# %% ../nbs/07_training.ipynb #3e8bf36e
+# %% ../nbs/07_training.ipynb #56d9d92c
 @dataclass(frozen=True)
 class SAETrainConfig(Config):
     "How a dictionary is trained."
@@ -39,12 +39,14 @@ class SAETrainConfig(Config):
     decay: float = 0.       # Share of steps, at the end, with falling learning rate
     rewarm: float = 0.      # Share of steps with rising learning rate after each resampling
     l1_warmup: float = 0.   # Share of steps with rising L1 coefficient
+    clip: float = 0.        # Longest gradient, all parameters together; longer ones are scaled down to it; 0 for any length, as in the paper
     log_every: int = 20     # Steps between rows of the log
     dead_window: int = 100_000 # In the log, a feature is dead when it fired for none of this many vectors
 
     def __post_init__(self):
         check(self.lr > 0, f'lr={self.lr}', 'a positive rate', 'raise it')
         check(self.dead_window > 0 and self.log_every > 0, f'dead_window={self.dead_window}, log_every={self.log_every}', 'positive numbers', 'raise them')
+        check(self.clip >= 0, f'clip={self.clip}', 'a length >= 0', 'use 0 for no clipping')
         for k in ('warmup', 'decay', 'rewarm', 'l1_warmup'):
             check(0 <= getattr(self, k) <= 1, f'{k}={getattr(self, k)}', 'a share of the steps in [0, 1]', 'change it')
 
@@ -60,13 +62,14 @@ def ramp(
     down = (n_steps-step)/(decay*n_steps) if decay else 1.
     return min(1., up, down)
 
-# %% ../nbs/07_training.ipynb #8932a79f
+# %% ../nbs/07_training.ipynb #a807158f
 def step(
     sae:SAE, # Changed in place
     opt:torch.optim.Optimizer, # Adam over `sae.parameters()`
     x:Float[Tensor, 'batch d_in'], # Activations
     l1:float, # Coefficient of this step
     gradients:Callable=dense_gradients, # How: this, or a `DensitySwitch`
+    clip:float=0., # Longest gradient; 0 for any length
 ) -> tuple[dict, Int[Tensor, 'n_feats']]: # Loss parts, and for each feature how many of the batch it fired on
     "One optimiser step that keeps the decoder's rows at norm 1."
     out = gradients(sae, x, l1)
@@ -76,11 +79,12 @@ def step(
         g = getattr(out, name)
         p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)  # a fused optimiser goes through both in memory order
     remove_parallel_gradient(sae)
+    if clip: torch.nn.utils.clip_grad_norm_(sae.parameters(), clip)
     opt.step()
     normalize_decoder(sae)
     return parts, out.fired
 
-# %% ../nbs/07_training.ipynb #5866699f
+# %% ../nbs/07_training.ipynb #e4dff631
 class TrainState:
     "A dictionary in training; what a callback sees after each step."
     def __init__(self,
@@ -111,7 +115,7 @@ class TrainState:
         rate = cfg.lr*ramp(i, self.n_steps, cfg.warmup, cfg.decay)
         if self.rewarm_from is not None and cfg.rewarm: rate *= ramp(i-self.rewarm_from, self.n_steps, cfg.rewarm)
         for g in self.opt.param_groups: g['lr'] = rate
-        parts, fired = step(self.sae, self.opt, x, self.sae.cfg.l1*ramp(i, self.n_steps, cfg.l1_warmup), self.gradients)
+        parts, fired = step(self.sae, self.opt, x, self.sae.cfg.l1*ramp(i, self.n_steps, cfg.l1_warmup), self.gradients, cfg.clip)
         self.step, self.vectors, self.x = i+1, self.vectors+len(x), x
         self.silent.add_(len(x)).masked_fill_(fired > 0, 0)
         self.density.lerp_(fired/len(x), max(.01, 1/self.step))
@@ -120,16 +124,19 @@ class TrainState:
             self.log.append(dict(step=self.step, vectors=self.vectors, **parts, fvu=parts['mse']/variance, dead=int((self.silent >= cfg.dead_window).sum())))
         for call in self.callbacks: call(self)
 
-# %% ../nbs/07_training.ipynb #1c61a151
+# %% ../nbs/07_training.ipynb #b1e2c3cf
+def _parts(s:TrainState) -> dict[str, Any]:
+    "What has a state of its own: callbacks, and a way to compute gradients that remembers."
+    return {k: c for k,c in (('gradients', s.gradients), *((f'callback{i}', c) for i,c in enumerate(s.callbacks))) if hasattr(c, 'state_dict')}
+
 def pack_state(
     s:TrainState, # A run
 ) -> tuple[dict[str, Tensor], dict]: # Arrays, and the rest, JSON-ready
     "Everything that the next step depends on."
     tensors = dict(silent=s.silent, density=s.density) | pack_weights(s.sae.named_parameters(), s.opt)
-    meta = dict(step=s.step, vectors=s.vectors, log=s.log, rewarm_from=s.rewarm_from, sparse=getattr(s.gradients, 'sparse', False))
-    for i,c in enumerate(s.callbacks):
-        for k,v in (c.state_dict() if hasattr(c, 'state_dict') else {}).items():
-            (tensors if isinstance(v, Tensor) else meta)[f'callback{i}.{k}'] = v
+    meta = dict(step=s.step, vectors=s.vectors, log=s.log, rewarm_from=s.rewarm_from)
+    for name, part in _parts(s).items():
+        for k,v in part.state_dict().items(): (tensors if isinstance(v, Tensor) else meta)[f'{name}.{k}'] = v
     return tensors, meta
 
 @torch.no_grad()
@@ -139,12 +146,12 @@ def unpack_state(
     meta:dict, # From `pack_state`
 ) -> None:
     "Put a run back to where it was."
-    s.step, s.vectors, s.log, s.rewarm_from, s.gradients.sparse = (meta[k] for k in ('step', 'vectors', 'log', 'rewarm_from', 'sparse'))
+    s.step, s.vectors, s.log, s.rewarm_from = (meta[k] for k in ('step', 'vectors', 'log', 'rewarm_from'))
     s.silent.copy_(tensors['silent'])
     s.density.copy_(tensors['density'])
     unpack_weights(s.sae.named_parameters(), s.opt, tensors)
-    for i,c in enumerate(s.callbacks):
-        if hasattr(c, 'load_state_dict'): c.load_state_dict({k.removeprefix(f'callback{i}.'): v for k,v in (tensors | meta).items() if k.startswith(f'callback{i}.')})
+    for name, part in _parts(s).items():
+        part.load_state_dict({k.removeprefix(f'{name}.'): v for k,v in (tensors | meta).items() if k.startswith(f'{name}.')})
 
 # %% ../nbs/07_training.ipynb #bb3fc3b7
 class TrainedSAE(NamedTuple):
@@ -153,7 +160,7 @@ class TrainedSAE(NamedTuple):
     log: pd.DataFrame   # step, vectors, total, mse, l1, l0, fvu, dead
     seconds: float      # Wall time, of all sessions
 
-# %% ../nbs/07_training.ipynb #79699fde
+# %% ../nbs/07_training.ipynb #4fe803f6
 def train_saes(
     batches:Iterable[Tensor], # Activation batches (batch, d_in), with a length; see `ActivationStream`
     sae_cfgs:Sequence[SAEConfig], # A dictionary each
@@ -167,9 +174,11 @@ def train_saes(
     "Train sparse autoencoders on every batch once; with `checkpoints`, go on from the last one."
     check(hasattr(batches, '__len__') and len(batches) > 0, f'{type(batches).__name__} without a length or without batches', 'a list of batches, or a stream', 'wrap an iterator in list(), or use ActivationStream')
     share = SharedGradients if n_processes() > 1 else lambda g: g
-    runs = [TrainState(c, cfg, len(batches), callbacks(), share(gradients()), device) for c in sae_cfgs]
+    ways = [gradients() for _ in sae_cfgs]
+    runs = [TrainState(c, cfg, len(batches), callbacks(), share(g), device) for c,g in zip(sae_cfgs, ways)]
     settings = dict(dictionaries=[c.to_dict() for c in sae_cfgs], training=cfg.to_dict(), n_batches=len(batches), data=batches.settings() if hasattr(batches, 'settings') else None,
-                    callbacks=[[type(c).__name__, c.cfg.to_dict() if hasattr(c, 'cfg') else None] for c in runs[0].callbacks])
+                    callbacks=[[type(c).__name__, c.cfg.to_dict() if hasattr(c, 'cfg') else None] for c in runs[0].callbacks],
+                    gradients=[getattr(ways[0], '__name__', type(ways[0]).__name__), ways[0].settings() if hasattr(ways[0], 'settings') else None])
     agree(settings, device)
     before = _go_on(checkpoints, settings, runs)
     start, begin, main = time.time(), runs[0].step, process_number() == 0

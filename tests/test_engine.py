@@ -77,6 +77,30 @@ def test_one_step_is_the_same_in_both_ways_and_by_autograd():
         for a, b in zip(other, results[2]): assert ((a-b).abs() > 1e-4).float().mean() < .01
 
 
+def test_clipping_is_that_of_torch_and_a_short_gradient_stays():
+    from monosem.sae import normalize_decoder, remove_parallel_gradient
+    def moved(clip, ours):
+        sae, x = _example(24, 60, 50, -.3, 1)
+        opt = torch.optim.SGD(sae.parameters(), lr=1e-2)
+        if ours: step(sae, opt, x, .3, dense_gradients, clip)
+        else:
+            f = sae.encode(x)
+            sae_loss(x, sae.decode(f), f, .3).total.backward()
+            remove_parallel_gradient(sae)
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), clip)
+            opt.step(); normalize_decoder(sae)
+        return torch.cat([p.detach().flatten() for p in sae.parameters()])
+    assert torch.allclose(moved(.1, True), moved(.1, False), atol=1e-6)
+    assert torch.equal(moved(1e6, True), moved(0., True)) and not torch.allclose(moved(.1, True), moved(0., True), atol=1e-4)
+
+
+def test_the_transposed_start_is_a_tenth_of_the_decoder_and_trains_at_both_layouts():
+    sae = SAE(SAEConfig(8, 20, start='transposed'))
+    assert torch.equal(sae.W_enc, .1*sae.W_dec.T) and torch.equal(sae.W_dec, SAE(SAEConfig(8, 20)).W_dec) and sae.W_enc.T.is_contiguous()
+    with pytest.raises(ValueError, match="start='tied'"): SAEConfig(8, 20, start='tied')
+    with pytest.raises(ValueError, match='clip=-1'): SAETrainConfig(clip=-1.)
+
+
 def test_a_checkpointed_layout_or_a_foreign_one_trains_alike():
     "Weights that are laid out row by row get the same step."
     def run(relayout):

@@ -11,7 +11,7 @@ import torch
 
 torch.set_num_threads(2)
 D_IN, TILE = 512, 512
-L1, WARMUP, DECAY, L1_WARMUP = 2.5, .02, .2, .1  # of the runs: schedule and coefficient of A/1
+L1, WARMUP, DECAY, L1_WARMUP, CLIP = 2.5, .02, .2, .1, 1.  # of the runs: schedule and coefficient of A/1, and SAELens' limit of the gradient
 
 
 def memory_mb(key):
@@ -26,7 +26,7 @@ class Plain:
     def __init__(self, n_feats, batch, n_steps, lr):
         make = lambda *shape: torch.nn.Parameter(torch.zeros(*shape))
         self.W_enc, self.b_enc, self.W_dec, self.b_dec = make(D_IN, n_feats), make(n_feats), make(n_feats, D_IN), make(D_IN)
-        self.opt, self.n_steps, self.lr, self.l1 = torch.optim.Adam(self.weights(), lr=lr), n_steps, lr, L1
+        self.opt, self.n_steps, self.lr, self.l1, self.clip = torch.optim.Adam(self.weights(), lr=lr), n_steps, lr, L1, 0
 
     def weights(self): return self.W_enc, self.b_enc, self.W_dec, self.b_dec
 
@@ -37,11 +37,12 @@ class Plain:
         self.opt.zero_grad()
         loss.backward()
         with torch.no_grad(): self.W_dec.grad -= (self.W_dec.grad*self.W_dec).sum(-1, keepdim=True)*self.W_dec
+        if self.clip: torch.nn.utils.clip_grad_norm_(self.weights(), self.clip)
         self.opt.step()
         with torch.no_grad(): self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True)
 
     def train(self, batches):
-        up, down, l1_up = WARMUP*self.n_steps, DECAY*self.n_steps, L1_WARMUP*self.n_steps
+        up, down, l1_up, self.clip = WARMUP*self.n_steps, DECAY*self.n_steps, L1_WARMUP*self.n_steps, CLIP
         for i,x in enumerate(batches):
             for g in self.opt.param_groups: g['lr'] = self.lr*min(1, (i+1)/up, (self.n_steps-i)/down)
             self.l1 = L1*min(1, (i+1)/l1_up)
@@ -54,8 +55,8 @@ class Monosem:
 
     def __init__(self, n_feats, batch, n_steps, lr):
         from monosem import kernels, sae, training
-        self.train_sae, self.cfg = training.train_sae, training.SAETrainConfig(lr=lr, warmup=WARMUP, decay=DECAY, l1_warmup=L1_WARMUP)
-        self.sae = sae.SAE(sae.SAEConfig(D_IN, n_feats, L1))
+        self.train_sae, self.cfg = training.train_sae, training.SAETrainConfig(lr=lr, warmup=WARMUP, decay=DECAY, l1_warmup=L1_WARMUP, clip=CLIP)
+        self.sae = sae.SAE(sae.SAEConfig(D_IN, n_feats, L1, start='transposed'))
         self.opt = torch.optim.Adam(self.sae.parameters(), lr=lr, fused=True)
         self.gradients, self.one_step, self.buffer = kernels.DensitySwitch(), training.step, torch.empty(TILE, n_feats)
 
@@ -219,7 +220,10 @@ class Worker:
     def run(self, data, held, start, n_feats, batch, n_steps, every, lr):
         "Train from the start to the end of the data, reporting and waiting at every pause."
         library, held = LIBRARIES[self.name](n_feats, batch, n_steps, lr), read(held, -1)
-        if self.name != 'monosem': load(library, np.load(start).values())
+        if self.name != 'monosem':
+            given = dict(np.load(start))
+            if self.name == 'SAELens': given['W_dec'] *= .1  # its own start: rows of a tenth, the encoder their transpose
+            load(library, given.values())
         def report(step, **more):
             self.say(step=step, **more, **(measure(library.weights(), held) if step else {}))
             if step < n_steps: sys.stdin.readline()  # until the parent says go on

@@ -151,13 +151,15 @@ def _kernels():
 
     return count, gather, decode, by_feature, weights
 
-# %% ../nbs/06a_kernels.ipynb #7311ce55
+# %% ../nbs/06a_kernels.ipynb #5bb76165
 def _follow_torch_threads() -> None:
     "As many threads for the loops as for the matrix products."
     import numba
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    n = torch.get_num_threads()
+    numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != n: torch.set_num_threads(n)  # both may share OpenMP, and numba's first start resets its threads
 
-# %% ../nbs/06a_kernels.ipynb #2ec0f73f
+# %% ../nbs/06a_kernels.ipynb #07ee7829
 def active_set(
     sae:SAE, # The dictionary, float32 on the CPU
     x:Float[Tensor, 'batch d_in'], # Activations
@@ -165,6 +167,7 @@ def active_set(
 ) -> ActiveSet: # What fired
     "Encode and keep the positive entries only."
     count, gather, *_ = _kernels()
+    _follow_torch_threads()
     bias, buffer, parts = sae.b_enc-sae.b_dec@sae.W_enc, torch.empty(min(tile, len(x)), sae.cfg.n_feats), []
     for rows in x.split(tile):
         pre = torch.addmm(bias, rows, sae.W_enc, out=buffer[:len(rows)]).numpy()
@@ -177,7 +180,7 @@ def active_set(
     n_active, index, value = (np.concatenate(p) for p in zip(*parts))
     return ActiveSet(np.concatenate([[0], n_active.cumsum()]), index, value)
 
-# %% ../nbs/06a_kernels.ipynb #666ad9b1
+# %% ../nbs/06a_kernels.ipynb #c5ed66f6
 @torch.no_grad()
 def sparse_gradients(
     sae:SAE, # The dictionary, float32 on the CPU
@@ -189,7 +192,6 @@ def sparse_gradients(
     _same_place(sae, x)
     check(x.dtype == torch.float32 and x.device.type == 'cpu', f'{x.dtype} on {x.device}', 'float32 on the CPU', 'convert with .float().cpu(), or use dense_gradients')
     *_, decode, by_feature, weights = _kernels()
-    _follow_torch_threads()
     x, batch = x.contiguous(), len(x)
     start, index, value = active_set(sae, x, tile)
     xs, W, b = x.numpy(), sae.W_dec.detach().contiguous().numpy(), sae.b_dec.detach().numpy()

@@ -94,6 +94,12 @@ def test_clipping_is_that_of_torch_and_a_short_gradient_stays():
     assert torch.equal(moved(1e6, True), moved(0., True)) and not torch.allclose(moved(.1, True), moved(0., True), atol=1e-4)
 
 
+def test_the_loops_leave_the_number_of_threads_alone():
+    code = "import torch; from monosem.kernels import sparse_gradients; from monosem.sae import SAE, SAEConfig\ntorch.set_num_threads(1); sparse_gradients(SAE(SAEConfig(4, 8)), torch.randn(3, 4), .1); print(torch.get_num_threads())"
+    got = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=200)
+    assert got.stdout.strip() == '1', got.stderr[-500:]
+
+
 def test_the_transposed_start_is_a_tenth_of_the_decoder_and_trains_at_both_layouts():
     sae = SAE(SAEConfig(8, 20, start='transposed'))
     assert torch.equal(sae.W_enc, .1*sae.W_dec.T) and torch.equal(sae.W_dec, SAE(SAEConfig(8, 20)).W_dec) and sae.W_enc.T.is_contiguous()

@@ -31,6 +31,8 @@ def stage(
     check(Path(tool).exists(), 'no nbdev-proc-nbs', 'nbdev', "pip install 'monosem[dev]'", FileNotFoundError)
     r = subprocess.run([tool, '--force'], cwd=root, capture_output=True, text=True, check=False)
     if r.returncode or not (root/'_proc/index.ipynb').exists(): raise RuntimeError(f'nbdev could not stage the notebooks: {r.stderr[-800:]}')
+    # nbdev documents a cell's own classes as `__main__.Name`
+    for p in (root/'_proc').rglob('*.ipynb'): p.write_text(re.sub(r'(?<![\w/])__main__\.(?=\w)', '', p.read_text()))
     return root/'_proc'
 
 # %% ../nbs/17a_site.ipynb #6a8c1e2d

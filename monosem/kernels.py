@@ -159,13 +159,16 @@ def _follow_torch_threads() -> None:
     numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
     if torch.get_num_threads() != n: torch.set_num_threads(n)  # both may share OpenMP, and numba's first start resets its threads
 
-# %% ../nbs/06a_kernels.ipynb #07ee7829
+# %% ../nbs/06a_kernels.ipynb #224a1732
+@torch.no_grad()
 def active_set(
     sae:SAE, # The dictionary, float32 on the CPU
     x:Float[Tensor, 'batch d_in'], # Activations
     tile:int=512, # Vectors whose pre-activations are kept at a time
 ) -> ActiveSet: # What fired
     "Encode and keep the positive entries only."
+    _same_place(sae, x)
+    check(x.dtype == torch.float32 and x.device.type == 'cpu', f'{x.dtype} on {x.device}', 'float32 on the CPU', 'convert with .float().cpu(), or use dense_gradients')
     count, gather, *_ = _kernels()
     _follow_torch_threads()
     bias, buffer, parts = sae.b_enc-sae.b_dec@sae.W_enc, torch.empty(min(tile, len(x)), sae.cfg.n_feats), []
@@ -180,7 +183,7 @@ def active_set(
     n_active, index, value = (np.concatenate(p) for p in zip(*parts))
     return ActiveSet(np.concatenate([[0], n_active.cumsum()]), index, value)
 
-# %% ../nbs/06a_kernels.ipynb #c5ed66f6
+# %% ../nbs/06a_kernels.ipynb #5a66132a
 @torch.no_grad()
 def sparse_gradients(
     sae:SAE, # The dictionary, float32 on the CPU
@@ -189,8 +192,6 @@ def sparse_gradients(
     tile:int=512, # See `active_set`
 ) -> Gradients: # The same as `dense_gradients`, up to the order of sums
     "One matrix product, and sums over what fired; exact."
-    _same_place(sae, x)
-    check(x.dtype == torch.float32 and x.device.type == 'cpu', f'{x.dtype} on {x.device}', 'float32 on the CPU', 'convert with .float().cpu(), or use dense_gradients')
     *_, decode, by_feature, weights = _kernels()
     x, batch = x.contiguous(), len(x)
     start, index, value = active_set(sae, x, tile)

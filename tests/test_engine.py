@@ -55,7 +55,7 @@ def test_gradients_are_exact_at_any_density(d, n, b, shift, l1, tile, seed):
 
 def test_the_active_set_is_that_of_the_encoder():
     sae, x = _example(20, 333, 17, -.5, 0)
-    start, index, value = active_set(sae.requires_grad_(False), x, tile=5)
+    start, index, value = active_set(sae, x, tile=5)
     f = torch.zeros(17, 333)
     for b in range(17): f[b, index[start[b]:start[b+1]]] = torch.from_numpy(value[start[b]:start[b+1]])
     assert torch.allclose(f, sae.encode(x), atol=1e-5) and all((np.diff(index[start[b]:start[b+1]]) > 0).all() for b in range(17))

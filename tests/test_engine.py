@@ -100,7 +100,7 @@ def test_the_loops_leave_the_number_of_threads_alone():
     assert got.stdout.strip() == '1', got.stderr[-500:]
 
 
-def test_the_transposed_start_is_a_tenth_of_the_decoder_and_trains_at_both_layouts():
+def test_the_transposed_start_is_a_tenth_of_the_decoder():
     sae = SAE(SAEConfig(8, 20, start='transposed'))
     assert torch.equal(sae.W_enc, .1*sae.W_dec.T) and torch.equal(sae.W_dec, SAE(SAEConfig(8, 20)).W_dec) and sae.W_enc.T.is_contiguous()
     with pytest.raises(ValueError, match="start='tied'"): SAEConfig(8, 20, start='tied')

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SHELL = /bin/bash
 .DEFAULT_GOAL = help
-.PHONY: help run test slow lab docs bench results config export clean
+.PHONY: help run test slow mutants lab docs bench results config export clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -26,6 +26,12 @@ test: .venv/done ## every check
 
 slow: .venv/done ## the slow tests too: a training process is killed 24 times
 	@MONOSEM_SLOW=1 $(BIN)/python -m pytest -q -rs
+
+.venv/mutmut: constraints.txt .venv/done
+	@$(BIN)/pip install -q --disable-pip-version-check mutmut -c constraints.txt && touch $@
+
+mutants: .venv/mutmut ## plant faults, MODULES="sae core" SAMPLE=60 of each: do the tests notice?
+	@$(BIN)/python .ci/mutants.py $(MODULES) $(if $(SAMPLE),--sample $(SAMPLE))
 
 lab: .venv/done ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab nbs

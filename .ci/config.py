@@ -14,8 +14,8 @@ monosem = ["assets/*", "assets/*/*", "py.typed"]
 
 [tool.pytest.ini_options]
 testpaths = ["tests"]
-addopts = "--jaxtyping-packages=monosem,beartype.beartype -m 'not slow' --strict-markers"
-markers = ["slow: minutes on two cores"]
+addopts = "--jaxtyping-packages=monosem,beartype.beartype -m 'not slow and not lessons' --strict-markers"
+markers = ["slow: minutes on two cores", "lessons: cells that nbdev-test runs too, for `make mutants`"]
 filterwarnings = ["ignore::DeprecationWarning"]
 '''
 

@@ -38,7 +38,8 @@ def peers_python():
 def harvest(plan):
     "Activations of the shipped model, written once as half-precision numbers in the order in which every library reads them."
     import torch
-    from monosem.activations import ActivationStream, StreamConfig, at_neurons
+    from monosem.activations import ActivationStream, StreamConfig
+    from monosem.hooked import at_hook
     from monosem.core import replacing
     from monosem.corpus import Mixture, load_corpus, load_tokenizer, token_windows
     from monosem.reproduce import SCALES
@@ -52,7 +53,7 @@ def harvest(plan):
     def write(path, n, mixture, batch, **which):
         windows, left = token_windows(corpus, tok, mixture, n_ctx=model.cfg.n_ctx, **which), n
         with open(path, 'wb') as f:
-            for x in ActivationStream(at_neurons(model), windows, StreamConfig(batch=batch, per_window=96)):
+            for x in ActivationStream(at_hook(model), windows, StreamConfig(batch=batch, per_window=96)):
                 x[:left].numpy().astype(np.float16).tofile(f)
                 if (left := left-len(x)) <= 0: return
         raise ValueError(f'got {n-left} activations of {plan["corpus"]}; expected {n}; raise the budget of tokens.')

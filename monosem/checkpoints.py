@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .core import check, replacing
+from .core import check, json_ready, replacing
 
 # %% ../nbs/00a_checkpoints.ipynb #82c23106
 class Checkpoint(NamedTuple):
@@ -36,7 +36,7 @@ def _digest(path:Path, meta:dict) -> str:
 # %% ../nbs/00a_checkpoints.ipynb #0f64947f
 def _flush(path:Path) -> None:
     "Ask the disk to have it."
-    with open(path, 'rb') as f: os.fsync(f.fileno())
+    with open(path, 'r+b') as f: os.fsync(f.fileno())  # Windows wants it writable
 
 # %% ../nbs/00a_checkpoints.ipynb #14a8862c
 def save_checkpoint(
@@ -53,8 +53,9 @@ def save_checkpoint(
     with replacing(target) as tmp:
         tmp.mkdir()
         save_file({k: v.detach().cpu().contiguous() for k,v in tensors.items()}, tmp/'state.safetensors')
-        meta = json.loads(json.dumps(meta))
-        (tmp/'state.json').write_text(json.dumps(dict(step=step, meta=meta, digest=_digest(tmp/'state.safetensors', meta))))
+        meta = json.loads(json.dumps(json_ready(meta)))
+        head = dict(step=step, meta=meta, digest=_digest(tmp/'state.safetensors', meta))
+        (tmp/'state.json').write_text(json.dumps(head), encoding='utf-8')
         for f in tmp.iterdir(): _flush(f)
     for old in sorted(folder.glob('step-*'))[:-keep]: shutil.rmtree(old, ignore_errors=True)
     return target
@@ -63,7 +64,7 @@ def save_checkpoint(
 def _read(path:Path) -> Checkpoint:
     "Read one checkpoint; a ValueError when anything is missing, truncated or altered."
     try:
-        head = json.loads((path/'state.json').read_text())
+        head = json.loads((path/'state.json').read_text(encoding='utf-8'))
         tensors = load_file(path/'state.safetensors')
         ok = head['digest'] == _digest(path/'state.safetensors', head['meta'])
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError) as e: raise ValueError(f'{type(e).__name__}: {e}') from e
@@ -145,8 +146,12 @@ class Checkpoints:
     def load(self,
         settings:dict, # Of the run that wants to continue, JSON-ready
     ) -> Checkpoint|None: # None where there is nothing to continue
-        "The newest whole checkpoint of the same settings."
+        "The newest whole checkpoint of the same settings; says at once if none can be kept."
         found = load_checkpoint(self.folder) if self.folder.is_dir() else None
+        with replacing(self.folder/'.probe') as tmp:
+            tmp.write_text('is this folder writable?', encoding='utf-8')
+            _flush(tmp)
+        (self.folder/'.probe').unlink(missing_ok=True)
         if found and (diff := differences(json.loads(json.dumps(settings)), found.meta['settings'])):
             raise ValueError(f'got the checkpoint {found.path} of another run ({"; ".join(diff[:3])}); expected one of the same settings; use these settings, or another folder.')
         return found

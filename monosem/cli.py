@@ -28,18 +28,29 @@ def _reproduce(a:argparse.Namespace) -> None:
     if (root/'nbs').is_dir() and a.scale == 'small' and a.corpus is None:
         print('[assets] written to monosem/assets' if ship(Path(a.out)/scale.name, root/'monosem/assets', a.assets) else
               '[assets] monosem/assets kept as shipped (--assets replaces them)', flush=True)
-    print(f'\n{report(results)}\nall of it in {Path(a.out)/scale.name}; {time.time()-start:.0f} s, peak memory {results["peak_memory_gb"]} GB\n', flush=True)
+    print(f'\n{report(results)}\nall of it in {Path(a.out)/scale.name}; {time.time()-start:.0f} s, peak memory {results["peak_memory_gb"] or "unknown"} GB\n', flush=True)
     if (root/'nbs').is_dir() and not a.no_site:
         t = time.time()
         print(f'[site] {build_site(root)}/index.html rendered in {time.time()-t:.0f} s', flush=True)
 
 # %% ../nbs/18_cli.ipynb #42d21149
+def _given(a:argparse.Namespace, **names) -> dict:
+    "Options that were given, under the names of a configuration's fields; the rest are its defaults."
+    return {field: getattr(a, option) for field, option in names.items()
+            if getattr(a, option) is not None}
+
+def _its_tokenizer(a:argparse.Namespace) -> str|None:
+    "The tokenizer asked for, else the one beside the model, else the shipped one."
+    beside = Path(a.model).parent/'tokenizer.json'
+    return a.tokenizer or (str(beside) if Path(a.model).is_dir() and beside.is_file() else None)
+
 def _train(a:argparse.Namespace) -> None:
     "Train dictionaries of several sizes and coefficients on one stream of a model's neurons."
-    from monosem.activations import ActivationStore, ActivationStream, StreamConfig, at_neurons, store_activations
+    from monosem.activations import ActivationStore, ActivationStream, StreamConfig, store_activations
     from monosem.checkpoints import Checkpoints
     from monosem.core import check, pick_device, run_record
-    from monosem.corpus import Mixture, load_corpus, load_tokenizer, token_windows
+    from monosem.corpus import EOT, Mixture, load_corpus, load_tokenizer, token_windows
+    from monosem.hooked import at_hook, fitting
     from monosem.parallel import join_processes, n_processes, process_number, share_harvest
     from monosem.resampling import ResampleConfig, Resampler
     from monosem.sae import SAEConfig, save_sae
@@ -47,21 +58,37 @@ def _train(a:argparse.Namespace) -> None:
     from monosem.transformer import load_transformer
     device = pick_device(a.device)
     join_processes(device)
-    check(not (a.store and n_processes() > 1), '--store with several processes', 'one process', 'store first with one, then train with many', ValueError)
-    model = load_transformer(a.model, device)
-    windows = token_windows(load_corpus(a.corpus), load_tokenizer(a.tokenizer), Mixture(budget=a.tokens), n_ctx=model.cfg.n_ctx)
-    batches = ActivationStream(share_harvest(at_neurons(model)), windows, StreamConfig(batch=a.batch, block=a.block, per_window=a.per_window, passes=a.passes), device)
-    if a.store: batches = ActivationStore(store_activations(batches, a.store).folder, a.batch, a.passes)
-    vectors, d_in = len(batches)*a.batch, model.cfg.d_mlp
-    cfgs = [SAEConfig(d_in=d_in, n_feats=n, l1=l1, seed=a.seed, start=a.start) for n in a.features for l1 in a.l1]
-    cfg = SAETrainConfig(lr=a.lr, warmup=a.warmup, decay=a.decay, rewarm=a.rewarm, l1_warmup=a.l1_warmup, clip=a.clip, dead_window=a.dead_window)
-    resample = ResampleConfig(at=tuple(a.resample_at), window=a.dead_window, pool=a.pool)
-    done = train_saes(batches, cfgs, cfg, lambda: [Resampler(resample)], device, 'dictionaries', Checkpoints(Path(a.out)/'checkpoints', every_s=a.every))
+    check(not (a.store and n_processes() > 1), '--store with several processes', 'one process',
+          'store first with one, then train with many')
+    at, tok = at_hook(load_transformer(a.model, device)), load_tokenizer(_its_tokenizer(a))
+    fitting(at, tok=tok)
+    corpus, mixture = load_corpus(a.corpus), Mixture(**_given(a, budget='tokens'))
+    windows = token_windows(corpus, tok, mixture, n_ctx=at.n_ctx)
+    draws = _given(a, batch='batch', block='block', per_window='per_window', passes='passes')
+    if a.skip_mark: draws['skip_tokens'] = (tok.token_to_id(EOT),)
+    draws = StreamConfig(**draws)
+    cfgs = [SAEConfig(d_in=at.d_in, **_given(a, seed='seed', start='start') | dict(n_feats=n, l1=l1))
+            for n in a.features or [SAEConfig.n_feats] for l1 in a.l1 or [SAEConfig.l1]]
+    cfg = SAETrainConfig(**_given(a, lr='lr', warmup='warmup', decay='decay', rewarm='rewarm',
+                                  l1_warmup='l1_warmup', clip='clip', dead_window='dead_window'))
+    revive = _given(a, at='resample_at', window='dead_window', pool='pool')
+    if 'at' in revive: revive['at'] = tuple(revive['at'])
+    revive = ResampleConfig(**revive)
+    batches = ActivationStream(share_harvest(at), windows, draws, device)
+    Resampler(revive).possible(len(batches), draws.batch)
+    if a.store:
+        stored = store_activations(batches, a.store)
+        batches = ActivationStore(stored.folder, draws.batch, draws.passes)
+    kept = Checkpoints(Path(a.out)/'checkpoints', **_given(a, every_s='every'))
+    done = train_saes(batches, cfgs, cfg, lambda: [Resampler(revive)], device, 'dictionaries', kept)
     for d in done if process_number() == 0 else []:
-        last = d.log.iloc[-1]
-        record = run_record(vectors=vectors, data=windows.hash, config=cfg.to_dict(), processes=n_processes(), seconds=round(d.seconds), log=d.log.round(4).to_dict('records'))
-        folder = save_sae(d.sae, Path(a.out)/f'{d.sae.cfg.n_feats}-l1-{d.sae.cfg.l1:g}', record)
-        print(f'{folder}: {vectors:,} vectors, L0 {last.l0:.1f}, FVU {last.fvu:.3f}, dead {int(last.dead)}, {vectors/d.seconds:,.0f} vectors/s', flush=True)
+        last, vectors, c = d.log.iloc[-1], batches.n_vectors, d.sae.cfg
+        record = run_record(vectors=vectors, data=windows.hash, config=cfg.to_dict(),
+                            stream=draws.to_dict(), processes=n_processes(),
+                            seconds=round(d.seconds), log=d.log.round(4).to_dict('records'))
+        folder = save_sae(d.sae, Path(a.out)/f'{c.n_feats}-l1-{c.l1!r}', record)
+        print(f'{folder}: {vectors:,} vectors, L0 {last.l0:.1f}, FVU {last.fvu:.3f}, '
+              f'dead {int(last.dead)}, {vectors/d.seconds:,.0f} vectors/s', flush=True)
 
 # %% ../nbs/18_cli.ipynb #0513d170
 def _site(a:argparse.Namespace) -> None:
@@ -77,12 +104,12 @@ def _results(a:argparse.Namespace) -> None:
     from monosem.reproduce import claims
     path = Path(a.run)/'results.json'
     check(path.is_file(), f'no {path}', 'a finished run', 'run `monosem reproduce` first', FileNotFoundError)
-    for chapter, rows in claims(json.loads(path.read_text())).items(): print(write_json(f'nbs/results/{chapter}.json', rows))
+    for chapter, rows in claims(json.loads(path.read_text(encoding='utf-8'))).items(): print(write_json(f'nbs/results/{chapter}.json', rows))
 
 def _readme(a:argparse.Namespace) -> None:
     "Write README.md from nbs/index.ipynb."
     from monosem.site import readme
-    Path('README.md').write_text(readme())
+    Path('README.md').write_text(readme(), encoding='utf-8')
 
 def _info(a:argparse.Namespace) -> None:
     "Print versions and the device."
@@ -91,6 +118,23 @@ def _info(a:argparse.Namespace) -> None:
     print(f'{"monosem":18}{__version__}\n{"device":18}{pick_device()}')
 
 # %% ../nbs/18_cli.ipynb #e03b211f
+_TRAIN_EXAMPLES = ('example: monosem train --features 512 4096 --l1 2.5 --out runs/sizes; again: goes on; '
+                   'many processes: torchrun --nproc-per-node 2 -m monosem train ...; what is not given '
+                   'is the default of Mixture, StreamConfig, SAEConfig, SAETrainConfig, ResampleConfig')
+_MANY = ('features', 'l1', 'resample-at')
+_SETTINGS = [
+    ('tokens', int, 'of text'), ('features', int, 'sizes of the dictionaries'),
+    ('l1', float, 'coefficients; every size with every one'),
+    ('batch', int, 'vectors per step'), ('block', int, 'vectors shuffled together'),
+    ('per-window', int, 'vectors from each window of text'), ('passes', int, 'over the text'),
+    ('lr', float, 'learning rate'), ('warmup', float, 'share of steps'),
+    ('decay', float, 'share of steps'), ('rewarm', float, 'share of steps, after a resampling'),
+    ('l1-warmup', float, 'share of steps'), ('clip', float, 'longest gradient; 0 for any, as in the paper'),
+    ('resample-at', float, 'shares of the run'),
+    ('dead-window', int, 'vectors without firing that make a feature dead'),
+    ('pool', int, 'inputs that a resampling draws from'), ('seed', int, 'of the initial weights'),
+    ('every', float, 'seconds between checkpoints')]
+
 def parser() -> argparse.ArgumentParser: # For `main`
     "The arguments of all commands."
     p = argparse.ArgumentParser('monosem', description='Towards Monosemanticity as something you can run.')
@@ -104,28 +148,18 @@ def parser() -> argparse.ArgumentParser: # For `main`
     r.add_argument('--assets', action='store_true', help='replace the shipped model and dictionary by this run\'s')
     r.add_argument('--no-site', action='store_true', help='do not render the site')
     r.set_defaults(run=_reproduce)
-    t = sub.add_parser('train', help="dictionaries on a model's neurons", epilog='example: monosem train --features 512 4096 --l1 2.5 --out runs/sizes; again: goes on; many processes: torchrun --nproc-per-node 2 -m monosem train ...')
+    t = sub.add_parser('train', help="dictionaries on a model's neurons", epilog=_TRAIN_EXAMPLES)
     t.add_argument('--model', default='A', help="'A' as shipped, or a folder such as runs/small/A")
-    t.add_argument('--tokenizer', help='its tokenizer.json; the shipped one by default')
+    t.add_argument('--tokenizer', help='its tokenizer.json; by default the one beside the model, or the shipped one')
     t.add_argument('--corpus', default='mini', help="'mini', 'core', 'hf:NAME' or a file")
-    t.add_argument('--tokens', type=int, default=7_000_000, help='of text')
-    t.add_argument('--features', type=int, nargs='+', default=[4096], help='sizes of the dictionaries')
-    t.add_argument('--l1', type=float, nargs='+', default=[2.5], help='coefficients; every size with every one')
-    t.add_argument('--batch', type=int, default=1024, help='vectors per step')
-    t.add_argument('--block', type=int, default=262_144, help='vectors shuffled together')
-    t.add_argument('--per-window', type=int, default=96, help='vectors from each window of text')
-    t.add_argument('--passes', type=int, default=1, help='over the text')
     t.add_argument('--store', help='a folder for the activations, for repeated passes')
-    for name, value, what in (('lr', 1e-3, 'learning rate'), ('warmup', .02, 'share of steps'), ('decay', .2, 'share of steps'), ('rewarm', 0., 'share of steps, after a resampling'), ('l1-warmup', .1, 'share of steps'), ('clip', 1., 'longest gradient; 0 for any, as in the paper')):
-        t.add_argument(f'--{name}', type=float, default=value, help=what)
-    t.add_argument('--resample-at', type=float, nargs='*', default=[.15, .3, .45, .6], help='shares of the run')
-    t.add_argument('--dead-window', type=int, default=100_000, help='vectors without firing that make a feature dead')
-    t.add_argument('--pool', type=int, default=40_960, help='inputs that a resampling draws from')
-    t.add_argument('--start', choices=['random', 'transposed'], default='transposed', help="of the encoder; the paper's is random")
-    t.add_argument('--seed', type=int, default=0, help='of the initial weights')
+    t.add_argument('--skip-mark', action='store_true', help='leave out the mark between documents')
     t.add_argument('--device', help="such as 'cpu' or 'cuda'")
     t.add_argument('--out', default='runs/dictionaries', help='where dictionaries and checkpoints go')
-    t.add_argument('--every', type=float, default=300., help='seconds between checkpoints')
+    for name, kind, what in _SETTINGS:  # not given: the default of the configuration
+        many = dict(nargs='+' if name != 'resample-at' else '*') if name in _MANY else {}
+        t.add_argument(f'--{name}', type=kind, help=what, **many)
+    t.add_argument('--start', choices=['random', 'transposed'], help="of the encoder; the paper's is random")
     t.set_defaults(run=_train)
     s = sub.add_parser('site', help='render the site and check its links', epilog='example: monosem site --out _docs')
     s.add_argument('--out', default='_docs', help='where the pages go')

@@ -6,23 +6,29 @@ Docs: https://monosem.github.io/monosem/corpus.html.md"""
 
 # %% auto #0
 __all__ = ['EOT', 'Document', 'Corpus', 'manifest', 'load_corpus', 'is_validation', 'Mixture', 'draw_documents',
-           'train_tokenizer', 'load_tokenizer', 'token_bytes', 'show_token', 'TokenWindows', 'even_cut',
-           'token_windows']
+           'train_tokenizer', 'load_tokenizer', 'token_bytes', 'show_token', 'plain_tokenizer', 'tokenizer_hash',
+           'TokenWindows', 'windows_from_ids', 'even_cut', 'token_windows']
 
 # %% ../nbs/03_corpus.ipynb #9f56d7e2
-import hashlib, json, lzma, random
+import codecs, hashlib, json, lzma, math, random, re
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
-from typing import Iterable, NamedTuple
+from typing import Any, Iterable, Iterator, NamedTuple
+from unicodedata import category
+from urllib.parse import parse_qs
 
 import numpy as np
 import pandas as pd
+import torch
+from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 
-from .core import Config, check, progress
+from .core import Config, check, content_hash, progress
 
 # %% ../nbs/03_corpus.ipynb #cf19791e
 class Document(NamedTuple):
@@ -33,6 +39,27 @@ class Document(NamedTuple):
     text: str   # The text itself, never empty
 
 # %% ../nbs/03_corpus.ipynb #acf1ca61
+def _check_document(
+    d:Document, # What was read
+    where:str, # File and line, data set and row, corpus and number
+) -> None:
+    "Refuse what is not whole text, and say where it stands."
+    wrong = [f'{v!r:.40} as its {name}' for name,v in zip(d._fields, d)
+             if not isinstance(v, str)]
+    check(not wrong, f'{where} with {", ".join(wrong)}', 'strings',
+          'correct or remove the document')
+    check(_encodable(''.join(d)), f'{where} with half a surrogate pair',
+          'whole characters', 'correct or remove the document')
+    check(bool(d.text.strip()), f'{where} of kind {d.kind!r} without text',
+          'some text', 'remove the document')
+
+def _encodable(text:str) -> bool:
+    "Whether a text has an encoding; half a surrogate pair has none."
+    try: text.encode()
+    except UnicodeEncodeError: return False
+    return True
+
+# %% ../nbs/03_corpus.ipynb #a3c1e5d7
 @dataclass(frozen=True)
 class Corpus:
     "Documents, in a fixed order, with a hash of what they hold."
@@ -40,9 +67,9 @@ class Corpus:
     docs: list[Document]
 
     def __post_init__(self):
-        check(len(self.docs) > 0, f'the corpus {self.name!r} with no document', 'at least one', 'check the file or the data set')
-        for i,d in enumerate(self.docs):
-            check(bool(d.text.strip()), f'{self.name!r} document {i} of kind {d.kind!r} without text', 'some text', 'remove the document')
+        check(len(self.docs) > 0, f'the corpus {self.name!r} with no document',
+              'at least one', 'check the file or the data set')
+        for i,d in enumerate(self.docs): _check_document(d, f'{self.name!r} docs[{i}]')
 
     def __len__(self): return len(self.docs)
 
@@ -50,18 +77,20 @@ class Corpus:
     def hash(self) -> str:
         "12 hexadecimal digits of all kinds and texts."
         h = hashlib.sha256()
-        for d in self.docs: h.update(f'{d.kind}\0{d.text}\0'.encode())
+        for d in self.docs: h.update(json.dumps([d.kind, d.text]).encode())
         return h.hexdigest()[:12]
 
     def table(self) -> pd.DataFrame:
         "Documents and bytes per kind, largest first."
-        rows = pd.DataFrame([(d.kind, 1, len(d.text.encode())) for d in self.docs], columns=['kind', 'documents', 'bytes'])
+        rows = pd.DataFrame([(d.kind, 1, len(d.text.encode())) for d in self.docs],
+                            columns=['kind', 'documents', 'bytes'])
         return rows.groupby('kind').sum().sort_values('bytes', ascending=False)
 
 # %% ../nbs/03_corpus.ipynb #ac6a6bc0
 def manifest() -> dict: # `files` with hashes and counts, `sources` with licences
     "The manifest of the embedded corpora."
-    return json.loads((files('monosem')/'assets'/'manifest.json').read_text())
+    path = files('monosem')/'assets'/'manifest.json'
+    return json.loads(path.read_text(encoding='utf-8'))
 
 # %% ../nbs/03_corpus.ipynb #341d73e1
 def _data_folder() -> Path:
@@ -74,45 +103,99 @@ def _read_jsonl(
     sha256:str|None=None, # Expected hash of the file
 ) -> list[Document]: # Its documents
     "Documents of one file; `kind`, `lang` and `source` are optional there."
-    if not path.is_file(): raise FileNotFoundError(f'{path} is missing; expected a .jsonl or .jsonl.xz file; restore it or pass another corpus.')
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is missing; expected a .jsonl or .jsonl.xz '
+                                'file; restore it or pass another corpus.')
     raw = path.read_bytes()
     if sha256 and (found := hashlib.sha256(raw).hexdigest()) != sha256:
-        raise ValueError(f'{path.name} has SHA-256 {found[:12]}...; expected {sha256[:12]}...; it is truncated or altered: restore it.')
-    try:
-        rows = [json.loads(l) for l in (lzma.decompress(raw) if path.suffix == '.xz' else raw).decode().splitlines() if l.strip()]
-        return [Document(r.get('kind', 'text'), r.get('lang', '-'), r.get('source', path.name), r['text']) for r in rows]
-    except (lzma.LZMAError, json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as e:
-        raise ValueError(f'cannot read {path.name} ({type(e).__name__}: {e}); expected one JSON object with a "text" a line; repair or restore it.') from e
+        raise ValueError(f'{path.name} has SHA-256 {found[:12]}...; expected '
+                         f'{sha256[:12]}...; it is truncated or altered: restore it.')
+    try: data = lzma.decompress(raw) if path.suffix == '.xz' else raw
+    except lzma.LZMAError as e: raise _unreadable(path.name, e) from e
+    lines = data.removeprefix(codecs.BOM_UTF8).split(b'\n')
+    return [_read_line(line, f'{path.name} line {i}', path.name)
+            for i,line in enumerate(lines, 1) if line.strip()]
+
+def _read_line(line:bytes, where:str, source:str) -> Document:
+    "One line; only a newline byte ends it, for a text may hold all other separators."
+    try: row = json.loads(line.decode())
+    except ValueError as e: raise _unreadable(where, e) from e
+    check(isinstance(row, dict) and 'text' in row, f'{where} without a "text"',
+          'one JSON object with a "text" a line', 'repair or restore it')
+    d = Document(row.get('kind', 'text'), row.get('lang', '-'),
+                 row.get('source', source), row['text'])
+    _check_document(d, where)
+    return d
+
+def _unreadable(where:str, e:Exception) -> ValueError:
+    "The error for what is not xz, UTF-8 or JSON."
+    why = str(e).replace('line 1 ', '')  # each line is read by itself
+    return ValueError(f'cannot read {where} ({type(e).__name__}: {why}); expected one '
+                      'JSON object with a "text" a line; repair or restore it.')
 
 # %% ../nbs/03_corpus.ipynb #3486ac89
+def _read_text(
+    path:Path, # A UTF-8 file
+) -> list[Document]: # Its text in pieces that join to the whole
+    "Documents of a plain text, unchanged to the last line end."
+    try: text = path.read_bytes().decode('utf-8-sig')
+    except UnicodeDecodeError as e:
+        raise ValueError(f'cannot read {path.name} ({e}); expected text in UTF-8; '
+                         'convert the file.') from e
+    return [Document('text', '-', path.name, t) for t in _pieces(text)]
+
 def _pieces(
     text:str, # A long text
-    size:int=12_000, # Characters in a piece, about
+    size:int=12_000, # At most so many characters in a piece, blank ends aside
 ) -> list[str]: # Its pieces, cut at line ends where there are any
     "Cut a text into documents, so that some can be kept for validation."
+    lines = [line[i:i+size] for line in text.splitlines(keepends=True)
+             for i in range(0, len(line), size)]
     out, now = [], ''
-    for line in text.splitlines(keepends=True):
-        if now and len(now)+len(line) > size: out.append(now); now = ''
+    for line in lines:
+        if now.strip() and len(now)+len(line) > size: out.append(now); now = ''
         now += line
-    return [t for t in [*out, now] if t.strip()]
+    if now.strip() or not out: return [*out, now]
+    return [*out[:-1], out[-1]+now]  # a blank rest is no document of its own
 
 # %% ../nbs/03_corpus.ipynb #257c5791
-def _load_hub(
-    name:str, # A Hugging Face data set, or the path of a local one
-    n_docs:int, # At most this many documents
-    split:str='train', # The split to stream
-    column:str='text', # The column that holds the text
-) -> list[Document]:
-    "The first `n_docs` texts of a Hugging Face data set, streamed."
+def _hub_address(
+    name:str, # `NAME` or `NAME?config=...&split=...&column=...`
+) -> dict[str, str]: # name, config, split, column, as far as given
+    "The parts of a data set's address."
+    path, _, query = name.partition('?')
+    given = parse_qs(query, keep_blank_values=True)
+    unknown = sorted(set(given)-{'config', 'split', 'column'})
+    check(not unknown, f'hf:{name} with {", ".join(unknown)}',
+          'config, split or column after the question mark', 'correct or remove it')
+    check(all(len(v) == 1 and v[0] for v in given.values()), f'hf:{name}',
+          'one value each for config, split and column', 'write hf:NAME?split=test')
+    return {'name': path} | {k: v[0] for k,v in given.items()}
+
+def _hub_rows(
+    name:str, # A Hugging Face data set, or the path of a local one, see `_hub_address`
+) -> Iterator[Document]:
+    "The texts of a Hugging Face data set, streamed."
     try: from datasets import load_dataset
-    except ImportError as e: raise ImportError("reading 'hf:...' needs the package datasets; install it with: pip install 'monosem[hub]'.") from e
-    stream = load_dataset(name, split=split, streaming=True)
-    out = []
-    for row in stream:
-        check(column in row, f'a row with the columns {sorted(row)}', f'a column {column!r}', 'choose a text data set')
-        if row[column] and row[column].strip(): out.append(Document(row.get('kind', 'text'), row.get('lang', '-'), f'hf:{name}', row[column]))
-        if len(out) >= n_docs: break
-    return out
+    except ImportError as e:
+        raise ImportError("reading 'hf:...' needs the package datasets; install it "
+                          "with: pip install 'monosem[hub]'.") from e
+    at = {'split': 'train', 'column': 'text'} | _hub_address(name)
+    rows = load_dataset(at['name'], at.get('config'), split=at['split'], streaming=True)
+    for i,row in enumerate(rows, 1):
+        d = _hub_document(row, at['column'], f"hf:{at['name']}", i)
+        if d is not None: yield d
+
+def _hub_document(row:dict, column:str, source:str, i:int) -> Document|None:
+    "One row as a document, None where it has no text; a null is a value left out."
+    check(column in row, f'{source} row {i} with the columns {sorted(row)}',
+          f'a column {column!r}', 'name the one with the text: hf:NAME?column=...')
+    row = {k: v for k,v in row.items() if v is not None}
+    text = row.get(column, '')
+    if isinstance(text, str) and not text.strip(): return None
+    d = Document(row.get('kind', 'text'), row.get('lang', '-'), source, text)
+    _check_document(d, f'{source} row {i}')
+    return d
 
 # %% ../nbs/03_corpus.ipynb #2e2631d3
 def load_corpus(
@@ -121,16 +204,22 @@ def load_corpus(
 ) -> Corpus: # Documents in file order
     "A corpus by name: embedded, from a file, or streamed from a Hugging Face data set."
     name = str(name)
-    known = {f['file']: f['sha256'] for f in manifest()['files']}
-    if name == 'mini': return Corpus(name, _read_jsonl(Path(str(files('monosem')/'assets'/'mini.jsonl.xz')), known['mini.jsonl.xz']))
-    if name == 'core':
-        parts = [f for f in known if f.startswith('core/')]
-        return Corpus(name, [d for f in parts for d in _read_jsonl(_data_folder()/Path(f).name, known[f])])
-    if name.startswith('hf:'): return Corpus(name, _load_hub(name[3:], n_docs))
+    if name in ('mini', 'core'): return Corpus(name, _embedded(name))
+    if name.startswith('hf:'):
+        check(n_docs > 0, f'n_docs={n_docs}', 'a positive number', 'raise it')
+        return Corpus(name, list(islice(_hub_rows(name[3:]), n_docs)))
     path = Path(name)
-    check(path.exists(), f'the corpus {name!r}', "'mini', 'core', 'hf:NAME' or the path of a .jsonl, .jsonl.xz or .txt file", 'check the spelling', FileNotFoundError)
-    if path.suffix == '.txt': return Corpus(name, [Document('text', '-', path.name, t) for t in _pieces(path.read_text())])
-    return Corpus(name, _read_jsonl(path))
+    check(path.is_file(), f'the corpus {name!r}',
+          "'mini', 'core', 'hf:NAME' or the path of a .jsonl, .jsonl.xz or .txt file",
+          'check the spelling', FileNotFoundError)
+    read = _read_text if path.suffix == '.txt' else _read_jsonl
+    return Corpus(name, read(path))
+
+def _embedded(name:str) -> list[Document]:
+    "The documents of `mini` or `core`, each file checked against the manifest."
+    folder = Path(str(files('monosem')/'assets')) if name == 'mini' else _data_folder()
+    return [d for f in manifest()['files'] if f['file'].startswith(name)
+            for d in _read_jsonl(folder/Path(f['file']).name, f['sha256'])]
 
 # %% ../nbs/03_corpus.ipynb #32a70c8c
 def is_validation(
@@ -140,25 +229,46 @@ def is_validation(
     "Whether a document is for validation: decided by its text alone."
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) < share*2**32
 
+# %% ../nbs/03_corpus.ipynb #32a70c8d
+def _split(
+    corpus:Corpus, # All documents
+    validation:bool, # Which side
+) -> list[Document]: # At least one
+    "The training or the validation documents of a corpus."
+    docs = [d for d in corpus.docs if is_validation(d.text) == validation]
+    check(len(docs) > 0, f'no {"validation" if validation else "training"} document '
+          f'in {corpus.name!r}', 'at least one', 'use a larger corpus')
+    return docs
+
 # %% ../nbs/03_corpus.ipynb #a3ea6378
-_STUDIED = {'lang_ar': .8, 'lang_fa': .1, 'lang_ur': .1, 'lang_he': 1., 'dna': 1., 'base64': 1., 'hex': 1.}
-_COMMON = {'en_prose': 27., 'en_docs': 20., 'code': 22., 'markup': 3., 'latex': 3., 'http': 3., 'legal': 4., 'dialogue': .5,
-           'citations': .5, 'lang_fr': 1.5, 'lang_es': 1., 'lang_de': .8, 'lang_ru': .5, 'lang_uk': .3, 'lang_sr': .1,
-           'lang_bg': .1, 'lang_ja': .7, 'lang_zh': .5, 'lang_ko': .5, 'lang_el': .3, 'lang_tr': .8, 'lang_pt': .6}
+_STUDIED = {'lang_ar': .8, 'lang_fa': .1, 'lang_ur': .1, 'lang_he': 1.,
+            'dna': 1., 'base64': 1., 'hex': 1.}
+_COMMON = {'en_prose': 27., 'en_docs': 20., 'code': 22., 'markup': 3., 'latex': 3.,
+           'http': 3., 'legal': 4., 'dialogue': .5, 'citations': .5,
+           'lang_fr': 1.5, 'lang_es': 1., 'lang_de': .8, 'lang_ru': .5, 'lang_uk': .3,
+           'lang_sr': .1, 'lang_bg': .1, 'lang_ja': .7, 'lang_zh': .5, 'lang_ko': .5,
+           'lang_el': .3, 'lang_tr': .8, 'lang_pt': .6}
 _OTHER = .12  # each remaining kind
+
+def _weights() -> dict[str, float]:
+    "Kind to weight, in per cent of tokens before normalising."
+    return {**_STUDIED, **_COMMON}
 
 # %% ../nbs/03_corpus.ipynb #f387a1b7
 @dataclass(frozen=True)
 class Mixture(Config):
-    "Relative weight of each kind in the training tokens; kinds that are absent from a corpus drop out."
-    weights: dict = field(default_factory=lambda: {**_STUDIED, **_COMMON}) # Kind to weight, in per cent of tokens before normalising
+    "Relative weight of each kind in the training tokens; absent kinds drop out."
+    weights: dict = field(default_factory=_weights) # Kind to per cent, not normalised
     other: float = _OTHER   # Weight of every kind not named
     budget: int = 6_000_000 # Training tokens
     seed: int = 0           # Order of documents and windows
 
     def __post_init__(self):
-        check(self.budget > 0, f'budget={self.budget}', 'a positive number of tokens', 'raise it')
-        check(all(w >= 0 for w in [self.other, *self.weights.values()]), 'a negative weight', 'weights >= 0', 'use 0 to leave a kind out')
+        check(self.budget > 0, f'budget={self.budget}',
+              'a positive number of tokens', 'raise it')
+        check(all(0 <= w < math.inf for w in [self.other, *self.weights.values()]),
+              'a negative or infinite weight', 'weights >= 0',
+              'use 0 to leave a kind out')
 
     def shares(self,
         kinds:Iterable[str], # Kinds present in a corpus
@@ -166,11 +276,9 @@ class Mixture(Config):
         "The share of tokens of each kind that is present."
         w = {k: self.weights.get(k, self.other) for k in sorted(set(kinds))}
         total = sum(w.values())
-        check(total > 0, f'no weight on any of {sorted(w)}', 'a positive weight on a kind that is present', 'add weights')
+        check(total > 0, f'no weight on any of {sorted(w)}',
+              'a positive weight on a kind that is present', 'add weights')
         return {k: v/total for k,v in w.items() if v > 0}
-
-# %% ../nbs/03_corpus.ipynb #7bd48cd1
-EOT = '<|endoftext|>' # The one special token: stands before every document, id 0
 
 # %% ../nbs/03_corpus.ipynb #c21e3c04
 def draw_documents(
@@ -180,49 +288,76 @@ def draw_documents(
     budget:int, # How much to take in all, in the unit of `sizes`
     seed:int=0, # Order of documents
     repeat:bool=True, # Read a kind again when it runs out
-) -> list[int]: # Indices into `docs`, in random order
-    "Documents drawn at random until every kind has its share of the budget."
-    rng, by_kind = random.Random(seed), defaultdict(list)
-    for i,d in enumerate(docs): by_kind[d.kind].append(i)
-    out = []
-    for kind, share in sorted(shares.items()):
-        pool, left = by_kind.get(kind, []), share*budget
+) -> list[tuple[int, int]]: # Index into `docs`, how much of it; in random order
+    "Documents drawn at random till every kind has its share, the last one cut to it."
+    rng, by_kind, out = random.Random(seed), defaultdict(list), []
+    for i,d in enumerate(docs):
+        if sizes[i] > 0: by_kind[d.kind].append(i)
+    for kind, room in _whole_shares(shares, budget).items():
+        pool, left = by_kind[kind], shares[kind]*budget
         while left > 0 and pool:
             for i in rng.sample(pool, len(pool)):
-                out.append(i); left -= sizes[i]
+                out.append((i, min(sizes[i], room)))
+                left, room = left-sizes[i], room-out[-1][1]
                 if left <= 0: break
             if not repeat: break
     rng.shuffle(out)
     return out
 
+def _whole_shares(
+    shares:dict[str, float], # Kind to share
+    budget:int, # To be shared out
+) -> dict[str, int]: # Kinds in order; whole numbers that add up to the budget
+    "What each kind gets, within one of its exact share."
+    kinds = sorted(shares)
+    ends = np.floor(budget*np.cumsum([shares[k] for k in kinds])+.5).astype(int)
+    return dict(zip(kinds, np.diff(ends, prepend=0).tolist()))
+
+# %% ../nbs/03_corpus.ipynb #7bd48cd1
+EOT = '<|endoftext|>' # The one special token: stands before every document, id 0
+
 # %% ../nbs/03_corpus.ipynb #3debb06f
 def train_tokenizer(
     corpus:Corpus, # Where training documents come from
     mixture:Mixture=Mixture(), # Shares by kind, applied in bytes
-    d_vocab:int=8192, # Number of tokens, 256 bytes and `EOT` included
+    d_vocab:int=8192, # At most so many tokens, 256 bytes and `EOT` included
     n_bytes:int=20_000_000, # Size of the sample
-) -> Tokenizer: # A byte-level BPE tokenizer
-    "A byte-level BPE tokenizer trained on a sample drawn by the mixture; the same input gives the same tokenizer."
-    check(d_vocab > 257, f'd_vocab={d_vocab}', 'more than 257 (the bytes and one special token)', 'choose a larger vocabulary')
-    docs = [d for d in corpus.docs if not is_validation(d.text)]
+) -> Tokenizer: # Fewer tokens than `d_vocab` where the sample has no more pairs
+    "A byte-level BPE tokenizer trained on a sample; equal input, equal tokenizer."
+    check(d_vocab > 257, f'd_vocab={d_vocab}',
+          'more than 257 (the bytes and one special token)',
+          'choose a larger vocabulary')
+    check(n_bytes > 0, f'n_bytes={n_bytes}', 'a positive number of bytes', 'raise it')
+    docs = _split(corpus, validation=False)
     sizes = [len(d.text.encode()) for d in docs]
-    chosen = draw_documents(docs, sizes, mixture.shares(d.kind for d in docs), n_bytes, mixture.seed, repeat=False)
+    drawn = draw_documents(docs, sizes, mixture.shares(d.kind for d in docs), n_bytes,
+                           mixture.seed, repeat=False)
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=d_vocab, special_tokens=[EOT], show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    tok.train_from_iterator((docs[i].text for i in chosen), trainer)
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    every_byte = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=d_vocab, special_tokens=[EOT],
+                                  initial_alphabet=every_byte, show_progress=False)
+    tok.train_from_iterator((_first_bytes(docs[i].text, n) for i,n in drawn), trainer)
+    tok.encode_special_tokens = True  # text that spells out `EOT` is text
     return tok
 
+def _first_bytes(text:str, n:int) -> str:
+    "The whole characters of the first `n` bytes."
+    return text.encode()[:n].decode('utf-8', errors='ignore')
+
 # %% ../nbs/03_corpus.ipynb #78760da7
-@lru_cache
 def load_tokenizer(
-    path:str|None=None, # A `tokenizer.json`; None for the shipped one
-) -> Tokenizer: # A byte-level BPE tokenizer
+    path:str|Path|None=None, # A `tokenizer.json`; None for the shipped one
+) -> Tokenizer: # Read anew each time: a replaced file is noticed
     "The shipped tokenizer, or one from a file."
-    p = Path(path) if path else Path(str(files('monosem')/'assets'/'tokenizer.json'))
-    check(p.is_file(), f'no file {p.name}', 'a tokenizer.json', 'run `make run` or pass its path', FileNotFoundError)
-    tok = Tokenizer.from_file(str(p))
+    p = Path(str(files('monosem')/'assets'/'tokenizer.json') if path is None else path)
+    check(p.is_file(), f'no file {p.name}', 'a tokenizer.json',
+          'run `make run` or pass its path', FileNotFoundError)
+    try: tok = Tokenizer.from_str(p.read_text(encoding='utf-8'))
+    except Exception as e:  # the library has no exception type of its own
+        raise ValueError(f'cannot read {p.name} ({e}); expected a tokenizer.json of '
+                         'the tokenizers library; restore it or pass another.') from e
     tok.encode_special_tokens = True  # text that spells out `EOT` is text
     return tok
 
@@ -235,29 +370,100 @@ def _byte_of() -> dict[str, int]:
     return {chr(b): b for b in plain} | {chr(256+i): b for i,b in enumerate(rest)}
 
 # %% ../nbs/03_corpus.ipynb #6e058567
+def _check_byte_level(
+    tok:Tokenizer, # Anyone's
+) -> None:
+    "Refuse a tokenizer whose tokens are not named by bytes in GPT-2's table."
+    spec = json.loads(tok.to_str())
+    model, cut = spec['model'], [spec['normalizer'], spec['pre_tokenizer']]
+    do = 'use a tokenizer of train_tokenizer, or windows_from_ids with ids of your own'
+    affixes = model.get('continuing_subword_prefix') or model.get('end_of_word_suffix')
+    check(model['type'] == 'BPE' and not affixes
+          and '"type": "ByteLevel"' in json.dumps(cut),
+          f'a {model["type"]} tokenizer that does not cut text into bytes',
+          'byte-level BPE (GPT-2, Llama 3, Qwen, ...)', do)
+    names = model['vocab'].keys()-{t['content'] for t in spec['added_tokens']}
+    alphabet = _byte_of().keys()
+    odd = sorted(n for n in names if not set(n) <= alphabet)
+    check(not odd, f'the tokens {odd[:3]}', "names in GPT-2's byte alphabet", do)
+
 def token_bytes(
     tok:Tokenizer, # A byte-level tokenizer
-) -> list[bytes]: # The bytes of each token id, empty for `EOT`
-    "What each token stands for, as bytes."
-    names = [tok.id_to_token(i) for i in range(tok.get_vocab_size())]
-    return [b'' if n == EOT else bytes(_byte_of()[c] for c in n) for n in names]
+) -> list[bytes]: # By token id: empty for `EOT`, `<id>` in a gap
+    "What each token stands for, as bytes; an added token stands for its own text."
+    _check_byte_level(tok)
+    added = tok.get_added_tokens_decoder().values()
+    own, byte = {t.content: t.content.encode() for t in added} | {EOT: b''}, _byte_of()
+    names = {i: own[n] if n in own else bytes(byte[c] for c in n)
+             for n,i in tok.get_vocab().items()}
+    return [names.get(i, f'<{i}>'.encode()) for i in range(_n_ids(tok))]
+
+def _n_ids(tok:Tokenizer) -> int:
+    "One more than the largest id: a vocabulary may have gaps."
+    return max(tok.get_vocab().values())+1
 
 # %% ../nbs/03_corpus.ipynb #1663632a
+_SIGNS = str.maketrans({' ': '␣', '\n': '⏎', '\t': '⇥'})
+_NO_INK = re.compile(r'[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164'
+                     r'\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]')
+
 def show_token(
     b:bytes, # The bytes of a token
-) -> str: # Readable: `␣` for a space, `\xNN` for part of a character
-    "A token as readable text."
-    text = b.decode('utf-8', errors='backslashreplace') if b else EOT
-    return text.replace(' ', '␣').replace('\n', '⏎').replace('\t', '⇥')
+) -> str: # `␣` a space, `\xNN` part of a character, `\uNNNN` one without ink
+    "A token as readable text, every character of it visible."
+    if not b: return EOT
+    text = b.decode('utf-8', errors='backslashreplace').translate(_SIGNS)
+    hidden = [category(c)[0] in 'CZ' or _NO_INK.match(c) for c in text]
+    shown = ''.join(_code_point(c) if h else c for c,h in zip(text, hidden))
+    return '◌'+shown if category(shown[0])[0] == 'M' else shown
+
+def _code_point(c:str) -> str:
+    "The escape that stands for a character that leaves no ink or moves others."
+    return f'\\u{ord(c):04x}' if ord(c) < 2**16 else f'\\U{ord(c):08x}'
+
+# %% ../nbs/03_corpus.ipynb #c900bf01
+def _in_use(
+    tok:Tokenizer, # Anyone's
+) -> dict: # Its description, switches off
+    "A tokenizer as JSON without truncation, padding, post-processing and dropout."
+    spec = json.loads(tok.to_str())
+    spec |= dict(truncation=None, padding=None, post_processor=None)
+    if 'dropout' in spec['model']: spec['model']['dropout'] = None
+    for t in spec['added_tokens']:  # a mark that is not special is found inside text
+        t['special'] |= t['content'] == EOT
+    return spec
+
+def plain_tokenizer(
+    tok:Tokenizer, # A byte-level tokenizer with `EOT`; stays as it is
+) -> Tokenizer: # A copy whose ids depend on the text alone
+    "The tokenizer as windows use it: no switches, and text that spells `EOT` is text."
+    _check_byte_level(tok)
+    spec = _in_use(tok)
+    check(EOT in [t['content'] for t in spec['added_tokens']],
+          f'a tokenizer without the mark {EOT}', 'it among the added tokens: it stands '
+          'before every document', 'use a tokenizer of train_tokenizer, or '
+          'windows_from_ids with ids of your own')
+    plain = Tokenizer.from_str(json.dumps(spec))
+    plain.encode_special_tokens = True
+    return plain
+
+def tokenizer_hash(
+    tok:Tokenizer, # Any
+) -> str: # 12 hexadecimal digits
+    "A hash of vocabulary, merges, normalizer, pre-tokenizer and added tokens."
+    spec = _in_use(tok)
+    return content_hash([spec[k] for k in ('model', 'normalizer', 'pre_tokenizer',
+                                           'added_tokens')])
 
 # %% ../nbs/03_corpus.ipynb #47059b50
 @dataclass(frozen=True)
 class TokenWindows:
     "Windows of tokens, and for each token the document it comes from."
-    tokens: np.ndarray      # (n_windows, n_ctx) uint16 token ids
-    doc: np.ndarray         # (n_windows, n_ctx) int32 index into `docs`
-    docs: list[Document]    # The documents
-    epochs: dict[str, float]# Kind to how often its available tokens were read
+    tokens: np.ndarray          # (n_windows, n_ctx) token ids, uint16 where they fit
+    doc: np.ndarray             # (n_windows, n_ctx) int32 index into `docs`
+    docs: list[Document]        # The documents
+    epochs: dict[str, float]    # Kind to how often its available tokens were read
+    tokenizer: str|None = None  # Hash of the tokenizer, None where unknown
 
     def __len__(self): return len(self.tokens)
 
@@ -266,8 +472,9 @@ class TokenWindows:
 
     @cached_property
     def hash(self) -> str:
-        "12 hexadecimal digits of the tokens."
-        return hashlib.sha256(np.ascontiguousarray(self.tokens).tobytes()).hexdigest()[:12]
+        "12 hexadecimal digits of the tokens, whatever integers hold them."
+        dtype = _id_type(int(self.tokens.max(initial=0)))
+        return hashlib.sha256(self.tokens.astype(dtype).tobytes()).hexdigest()[:12]
 
     @cached_property
     def kinds(self) -> list[str]:
@@ -279,36 +486,85 @@ class TokenWindows:
         "(n_windows, n_ctx) index into `kinds` of each token."
         return np.array([self.kinds.index(d.kind) for d in self.docs])[self.doc]
 
+    def ids(self,
+        rows:Any=slice(None), # Which windows: a slice, a number, an array of numbers
+        device:str|torch.device='cpu', # Where the tensor will live
+    ) -> Int[Tensor, 'n pos']: # int64
+        "Token ids of some windows, as a model reads them."
+        ids = np.atleast_2d(self.tokens[rows]).astype(np.int64)
+        return torch.from_numpy(ids).to(device)
+
     def __getitem__(self, rows) -> 'TokenWindows':
         "Some of the windows."
-        return TokenWindows(self.tokens[rows], self.doc[rows], self.docs, self.epochs)
+        return replace(self, tokens=np.atleast_2d(self.tokens[rows]),
+                       doc=np.atleast_2d(self.doc[rows]))
 
     def table(self) -> pd.DataFrame:
         "Tokens, share and epochs per kind."
         n = np.bincount(self.kind.ravel(), minlength=len(self.kinds))
-        return pd.DataFrame(dict(tokens=n, share=n/n.sum(), epochs=[self.epochs.get(k, np.nan) for k in self.kinds]),
-                            index=pd.Index(self.kinds, name='kind')).sort_values('tokens', ascending=False)
+        epochs = [self.epochs.get(k, np.nan) for k in self.kinds]
+        index = pd.Index(self.kinds, name='kind')
+        rows = pd.DataFrame(dict(tokens=n, share=n/n.sum(), epochs=epochs), index=index)
+        return rows.sort_values('tokens', ascending=False)
+
+def _id_type(largest:int) -> type:
+    "The integers that hold token ids up to `largest`."
+    return np.uint16 if largest < 2**16 else np.uint32
+
+# %% ../nbs/03_corpus.ipynb #47059b51
+def windows_from_ids(
+    ids:Any, # (n_windows, n_ctx) integers >= 0: an array, a tensor or lists
+    tokenizer:Tokenizer|str|None=None, # Their tokenizer or its hash, where known
+) -> TokenWindows: # Each window a document of kind `text`
+    "Windows of token ids of one's own."
+    ids = np.asarray(ids)
+    check(ids.ndim == 2 and ids.size > 0, f'ids of shape {ids.shape}',
+          '(n_windows, n_ctx) with a window at least', 'pass a row per window')
+    check(np.issubdtype(ids.dtype, np.integer), f'ids of type {ids.dtype}', 'integers',
+          'pass token ids')
+    n = _n_ids(tokenizer) if isinstance(tokenizer, Tokenizer) else 2**32
+    check(0 <= ids.min() and ids.max() < n, f'ids from {ids.min()} to {ids.max()}',
+          f'0 to {n-1}', 'pass ids of this tokenizer')
+    if isinstance(tokenizer, Tokenizer): tokenizer = tokenizer_hash(tokenizer)
+    docs = [Document('text', '-', 'ids', f'window {i}') for i in range(len(ids))]
+    doc = np.indices(ids.shape, dtype=np.int32)[0]
+    ids = ids.astype(_id_type(int(ids.max())))
+    return TokenWindows(ids, doc, docs, {'text': 1.}, tokenizer)
 
 # %% ../nbs/03_corpus.ipynb #d59e4490
 def _encode(
     docs:list[Document], # Documents
-    tok:Tokenizer, # Their tokenizer
+    tok:Tokenizer, # From `plain_tokenizer`
     batch:int=500, # Documents encoded at a time
 ) -> list[np.ndarray]: # Token ids per document, `EOT` first
     "Token ids of each document."
-    out, eot = [], tok.token_to_id(EOT)
+    out, eot, dtype = [], tok.token_to_id(EOT), _id_type(_n_ids(tok)-1)
     with progress(len(docs), 'tokenizing', 'doc') as bar:
         for i in range(0, len(docs), batch):
-            enc = tok.encode_batch_fast([d.text for d in docs[i:i+batch]])
-            out += [np.array([eot, *e.ids], dtype=np.uint16) for e in enc]; bar.update(len(enc))
+            texts = [d.text for d in docs[i:i+batch]]
+            enc = tok.encode_batch_fast(texts, add_special_tokens=False)
+            out += [np.array([eot, *e.ids], dtype=dtype) for e in enc]
+            bar.update(len(enc))
     return out
+
+def _check_bytes(
+    docs:list[Document], # Documents
+    tok:Tokenizer, # A byte-level tokenizer
+) -> None:
+    "Refuse a text that the tokenizer would drop a byte of."
+    missing = {b for c,b in _byte_of().items() if tok.token_to_id(c) is None}
+    for d in docs if missing else []:
+        lost = sorted(missing & set(d.text.encode()))
+        check(not lost, f'a text of kind {d.kind!r} with the byte {lost[:1]}',
+              'a token for every byte of the text',
+              'use a tokenizer with all 256, as those of train_tokenizer')
 
 # %% ../nbs/03_corpus.ipynb #466d5d9d
 def even_cut(
     sizes:list[int], # Tokens of each document
     total:float, # Tokens wanted
-) -> int: # The smallest cut c with sum(min(size, c)) >= total, or the longest size
-    "How many tokens of each document to keep so that all of them together give `total`."
+) -> int: # The smallest c >= 1 with sum(min(size, c)) >= total, or the longest size
+    "How many tokens of each document to keep so that they give `total` together."
     lo, hi = 1, max(sizes)
     while lo < hi:
         mid = (lo+hi)//2
@@ -317,31 +573,53 @@ def even_cut(
     return lo
 
 # %% ../nbs/03_corpus.ipynb #822a53ba
+def _even(
+    ids:list[np.ndarray], # Token ids of each document
+    docs:list[Document], # The documents
+    shares:dict[str, float], # Kind to share of the budget
+    budget:int, # Tokens in all
+) -> list[np.ndarray]: # Their beginnings, none of a kind without a share
+    "The beginning of each document, equally long within a kind."
+    sizes = defaultdict(list)
+    for x,d in zip(ids, docs): sizes[d.kind].append(len(x))
+    cut = {k: even_cut(sizes[k], share*budget) for k,share in shares.items()}
+    return [x[:cut.get(d.kind, 0)] for x,d in zip(ids, docs)]
+
+def _epochs(
+    ids:list[np.ndarray], # Token ids of each document
+    docs:list[Document], # The documents
+    drawn:list[tuple[int, int]], # Index and number of tokens
+) -> dict[str, float]: # Kind to how often its tokens were read
+    "Tokens drawn over tokens there are, per kind."
+    have, used = Counter(), Counter()
+    for d,x in zip(docs, ids): have[d.kind] += len(x)
+    for i,n in drawn: used[docs[i].kind] += n
+    return {k: used[k]/have[k] for k in used}
+
+# %% ../nbs/03_corpus.ipynb #822a53bb
 def token_windows(
     corpus:Corpus, # Documents
-    tok:Tokenizer, # Their tokenizer, at most 65,536 tokens
+    tok:Tokenizer, # Their tokenizer: byte-level, with `EOT`; its switches do not matter
     mixture:Mixture=Mixture(), # Shares and budget in tokens
     validation:bool=False, # Use the validation documents instead of the training ones
-    n_ctx:int=256, # Tokens per window
-    spread:bool=False, # Take the beginnings of as many documents as possible, none twice, instead of few whole ones
-) -> TokenWindows: # About `mixture.budget` tokens
+    n_ctx:int=256, # Tokens per window, at least 2
+    spread:bool=False, # The beginnings of many documents, none twice
+) -> TokenWindows: # At most `mixture.budget` tokens; about as many with `spread`
     "Windows of `n_ctx` tokens drawn by the mixture."
-    check(tok.get_vocab_size() <= 2**16, f'a vocabulary of {tok.get_vocab_size()} tokens', 'at most 65,536', 'use a smaller tokenizer')
     check(n_ctx > 1, f'n_ctx={n_ctx}', 'at least 2', 'choose a longer window')
-    docs = [d for d in corpus.docs if is_validation(d.text) == validation]
-    check(len(docs) > 0, f'no {"validation" if validation else "training"} document in {corpus.name!r}', 'at least one', 'use a larger corpus')
-    ids, shares = _encode(docs, tok), mixture.shares(d.kind for d in docs)
-    if spread:
-        caps = {k: even_cut([len(x) for x,d in zip(ids, docs) if d.kind == k], share*mixture.budget) for k,share in shares.items()}
-        ids = [x[:caps.get(d.kind, 0)] for x,d in zip(ids, docs)]
-    sizes = [len(x) for x in ids]
-    chosen = draw_documents(docs, sizes, shares, mixture.budget, mixture.seed, repeat=not spread)
-    flat, owner = np.concatenate([ids[i] for i in chosen]), np.repeat(chosen, [sizes[i] for i in chosen]).astype(np.int32)
-    n = len(flat)//n_ctx*n_ctx
-    check(n > 0, f'{len(flat)} tokens in all', f'at least one window of {n_ctx}', 'use more text or a shorter window')
-    order = np.random.default_rng(mixture.seed).permutation(n//n_ctx)
-    have, used = Counter(), Counter()
-    for d,s in zip(docs, sizes): have[d.kind] += s
-    for i in chosen: used[docs[i].kind] += sizes[i]
-    return TokenWindows(flat[:n].reshape(-1, n_ctx)[order], owner[:n].reshape(-1, n_ctx)[order], docs,
-                        {k: used[k]/have[k] for k in used})
+    docs, plain = _split(corpus, validation), plain_tokenizer(tok)
+    _check_bytes(docs, plain)
+    ids, shares = _encode(docs, plain), mixture.shares(d.kind for d in docs)
+    cut = _even(ids, docs, shares, mixture.budget) if spread else ids
+    drawn = draw_documents(docs, [len(x) for x in cut], shares, mixture.budget,
+                           mixture.seed, repeat=not spread)
+    if spread: drawn = [(i, len(cut[i])) for i,_ in drawn]
+    flat = np.concatenate([ids[i][:n] for i,n in drawn])
+    owner = np.repeat(*np.array(drawn, dtype=np.int32).T)
+    rows = len(flat)//n_ctx
+    check(rows > 0, f'{len(flat)} tokens in all', f'at least one window of {n_ctx}',
+          'use more text, a larger budget or a shorter window')
+    order = np.random.default_rng(mixture.seed).permutation(rows)
+    tokens, doc = (x[:rows*n_ctx].reshape(rows, n_ctx)[order] for x in (flat, owner))
+    epochs = _epochs(ids, docs, drawn)
+    return TokenWindows(tokens, doc, docs, epochs, tokenizer_hash(tok))

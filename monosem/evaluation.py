@@ -9,6 +9,7 @@ __all__ = ['Evaluation', 'evaluate']
 
 # %% ../nbs/08_evaluation.ipynb #a288c9d2
 from dataclasses import asdict, dataclass
+from typing import Iterable
 
 import numpy as np
 import pandas as pd
@@ -16,8 +17,8 @@ import torch
 
 from .core import Estimate, bootstrap, progress
 from .corpus import TokenWindows
+from .hooked import HookedModel, fitting, kept, mean_acts, only_at
 from .sae import SAE
-from .transformer import loss_nats, mean_neurons, mlp_acts
 
 # %% ../nbs/08_evaluation.ipynb #46cfe1af
 @dataclass(frozen=True)
@@ -52,33 +53,46 @@ class Evaluation:
 # %% ../nbs/08_evaluation.ipynb #970c1f98
 @torch.no_grad()
 def evaluate(
-    model, # A one-layer transformer
-    sae:SAE, # A dictionary on its neurons
+    model, # A model of `build_transformer`, or any from `at_hook`
+    sae:SAE, # A dictionary of its activations
     windows:TokenWindows, # Validation windows
     batch:int=16, # Windows at a time
+    skip_tokens:Iterable[int]=(), # Ids of tokens to leave out
 ) -> Evaluation: # Numbers with 95 % intervals over windows
     "Measure sparsity, fidelity and effect on the model's loss on every token of `windows`."
-    if sae.cfg.d_in != model.cfg.d_mlp:
-        raise ValueError(f'got a dictionary of width {sae.cfg.d_in} for {model.cfg.d_mlp} neurons; expected equal widths; load the dictionary of this model.')
-    device = next(model.parameters()).device
-    mean = mean_neurons(model, windows)
-    edits = {'clean': None, 'spliced': sae, 'zero': torch.zeros_like, 'mean': lambda x: mean.expand_as(x)}
-    rows, fires = [], torch.zeros(sae.cfg.n_feats, dtype=torch.long, device=device)
+    at = fitting(model, sae, windows)
+    mean, rows = mean_acts(at, windows, skip_tokens), []
+    fires = torch.zeros(sae.cfg.n_feats, dtype=torch.long, device=at.device)
     with progress(windows.n_tokens, 'evaluating') as bar:
-        for part in torch.as_tensor(windows.tokens.astype(np.int64)).to(device).split(batch):
-            x = mlp_acts(model, part)[1]
-            f = sae.encode(x)
-            on = f > 0
-            fires += on.sum((0, 1))
-            err, var = (x-sae.decode(f)).square().sum((1, 2)), (x-mean).square().sum((1, 2))
-            ce = [loss_nats(model, part, e, per_token=True).sum(1) for e in edits.values()]
-            n, n_pred = torch.full_like(err, part.shape[1]), torch.full_like(err, part.shape[1]-1)
-            rows.append(torch.stack([n, on.sum((1, 2)).float(), err, var, n_pred, *ce], 1).cpu())
-            bar.update(part.numel())
-    s = torch.cat(rows).double().numpy()
-    ce = dict(zip(edits, s[:, 5:].sum(0)/s[:, 4].sum()))
-    ratio = lambda a, b: bootstrap(s, lambda t: t[..., a]/t[..., b])
-    recovered = lambda base: bootstrap(s, lambda t: (t[..., base]-t[..., 6])/(t[..., base]-t[..., 5]))
-    density = (fires/windows.n_tokens).cpu().numpy()
-    return Evaluation(windows.n_tokens, ratio(1, 0), ratio(2, 3), *(float(ce[k]) for k in edits), recovered(7), recovered(8),
-                      int((density == 0).sum()), int(((density > 0) & (density < 1e-6)).sum()) if windows.n_tokens > 1e6 else None, density)
+        for tokens in windows.ids(device=at.device).split(batch):
+            row, fired = _measure(at, sae, tokens, mean, kept(tokens, skip_tokens))
+            fires += fired
+            rows.append(pd.DataFrame({k: v.cpu() for k,v in row.items()}))
+            bar.update(tokens.numel())
+    return _evaluation(pd.concat(rows), fires.cpu().numpy())
+
+def _measure(at:HookedModel, sae:SAE, tokens, mean, keep) -> tuple[dict, torch.Tensor]:
+    "Sums over the positions that count, a value per window; how often each feature fired."
+    x = at(tokens)
+    f = sae.encode(x)
+    on, some = (f > 0) & keep[..., None], keep[..., None]
+    edits = dict(clean=None, spliced=sae, zero=torch.zeros_like,
+                 mean=lambda x: mean.expand_as(x))
+    ce = {k: (at.losses(tokens, only_at(e, keep))*keep[:, :-1]).sum(1)
+          for k,e in edits.items()}
+    def total(v): return (v.square()*some).sum((1, 2))
+    return dict(n=keep.sum(1), on=on.sum((1, 2)), err=total(x-sae.decode(f)),
+                var=total(x-mean), size=total(x), n_pred=keep[:, :-1].sum(1), **ce), on.sum((0, 1))
+
+def _evaluation(s:pd.DataFrame, fires:np.ndarray) -> Evaluation:
+    "The numbers, from sums per window."
+    n, density = int(s.n.sum()), fires/s.n.sum()
+    ce = {f'ce_{k}': float(s[k].sum()/s.n_pred.sum()) for k in ('clean', 'spliced', 'zero', 'mean')}
+    varies = s['var'].sum() > 1e-10*s['size'].sum()
+    fvu = bootstrap(s, lambda t: t.err/t.var if varies else np.full_like(t.err, np.nan))
+    rare = int(((density > 0) & (density < 1e-6)).sum())
+    return Evaluation(
+        n_tokens=n, l0=bootstrap(s, lambda t: t.on/t.n), fvu=fvu, **ce,
+        recovered=bootstrap(s, lambda t: (t.zero-t.spliced)/(t.zero-t.clean)),
+        recovered_mean=bootstrap(s, lambda t: (t.mean-t.spliced)/(t.mean-t.clean)),
+        n_dead=int((density == 0).sum()), n_ultralow=rare if n > 1e6 else None, density=density)

@@ -52,7 +52,7 @@ FRACTIONS = {'dedicated': 1., 'tetrahedron': 3/4, 'triangle': 2/3, 'digon': 1/2,
 
 # %% ../nbs/02b_geometry.ipynb #9912b48f
 def dimensionality_scatter(
-    rarity, # 1/(1 - S) of each model, (n_inst,)
+    rarity, # 1/p of each model, (n_inst,)
     dims, # Dimensions per feature of each model, (n_inst,)
     D:list, # Dimensionalities of each model's features, an array per model
     title:str, # What the figure shows, as a finding
@@ -69,7 +69,7 @@ def dimensionality_scatter(
                     hovertemplate='rarity %{x}: Dᵢ = %{y}<extra></extra>')
     fig.add_scatter(x=[float(r) for r in rarity], y=[round(float(d), 3) for d in dims], mode='lines+markers', name='D*, dimensions per feature',
                     line=dict(color=COLORS[1], dash='dash'), marker=dict(symbol='diamond', size=5), hovertemplate='rarity %{x}: D* = %{y}<extra></extra>')
-    return fig.update_layout(title=_title(title), height=480, xaxis=dict(title='rarity 1/(1 − S)', type='log', tickvals=[1, 2, 5, 10, 20, 50, 100]), yaxis=dict(title='dimensions', range=[0, 1.06]))
+    return fig.update_layout(title=_title(title), height=480, xaxis=dict(title='rarity 1/p', type='log', tickvals=[1, 2, 5, 10, 20, 50, 100]), yaxis=dict(title='dimensions', range=[0, 1.06]))
 
 # %% ../nbs/02b_geometry.ipynb #1d64625d
 POLYTOPES = {(1, 1): 'dedicated', (1, 2): 'digon', (2, 3): 'triangle', (3, 4): 'tetrahedron', (2, 5): 'pentagon', (3, 8): 'square antiprism',

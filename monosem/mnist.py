@@ -272,7 +272,8 @@ def train_grid(
     out, batches = {}, Shuffled(h, cfg.batch, cfg.epochs, seed)
     for weight in cfg.weights:
         way = DensitySwitch if weight == 0 else lambda weight=weight: MonosemanticGradients(weight=weight, momentum=cfg.momentum)
-        runs = train_saes(batches, [SAEConfig(h.shape[1], cfg.n_feats, l1, seed) for l1 in cfg.l1], SAETrainConfig(lr=cfg.lr), desc=f'weight {weight:g}', gradients=way)
+        shapes = [SAEConfig(h.shape[1], cfg.n_feats, l1, seed, start='random') for l1 in cfg.l1]
+        runs = train_saes(batches, shapes, SAETrainConfig.paper(lr=cfg.lr), desc=f'weight {weight:g}', gradients=way)
         out |= {(weight, l1): r for l1,r in zip(cfg.l1, runs)}
     return out
 

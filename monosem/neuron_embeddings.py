@@ -24,9 +24,9 @@ from scipy.spatial.distance import squareform
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .activations import at_hook
 from .core import Config, check, progress
 from .corpus import EOT, TokenWindows, show_token, token_bytes
+from .hooked import at_hook, fitting
 from .kernels import DensitySwitch, Gradients
 from .parallel import n_processes
 from .sae import SAE
@@ -130,13 +130,13 @@ def neurons_of(
     return Units(name, w['layers.0.mlp.fc_in.weight'].detach(), w['layers.0.mlp.fc_in.bias'].detach(), read)
 
 def features_of(
-    model, # A one-layer model of `build_transformer`
-    sae:SAE, # A dictionary on its neurons
+    model, # A model of `build_transformer`, or any from `at_hook`
+    sae:SAE, # A dictionary of its activations
     name:str='A/1', # Of the dictionary
 ) -> Units: # Its features
-    "The features of a dictionary: encoder rows that read the neurons less the decoder's bias."
-    read = torch.no_grad()(lambda tokens: mlp_acts(model, tokens)[1]-sae.b_dec)
-    return Units(name, sae.W_enc.detach().T, sae.b_enc.detach(), read)
+    "The features of a dictionary: encoder rows that read the activations less the decoder's bias."
+    at, b_dec = fitting(model, sae), sae.b_dec.detach()
+    return Units(name, sae.W_enc.detach().T, sae.b_enc.detach(), lambda tokens: at(tokens)-b_dec)
 
 def hooked_units(
     model, # Any transformer-lens model with `run_with_hooks`
@@ -186,7 +186,7 @@ def strong_examples(
     batch:int=16, # Windows at a time
 ) -> StrongExamples: # None for a unit that never fires
     "One pass for all units, and a second look at the windows that hold an example."
-    tokens, top, n_pos = torch.as_tensor(windows.tokens.astype(np.int64)), torch.zeros(len(units.weights)), windows.tokens.shape[1]
+    tokens, top, n_pos = windows.ids(), torch.zeros(len(units.weights)), windows.tokens.shape[1]
     kept = [torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), torch.zeros(0)]
     prune = lambda: [k[kept[2] > cfg.share*top[kept[0]]] for k in kept]
     with progress(windows.n_tokens, f'examples of {units.name}') as bar:
@@ -293,7 +293,7 @@ def shuffled_units(
     real, rng, n = strong.units, np.random.default_rng(seed), torch.as_tensor(strong.n_strong[units])
     W = torch.stack([real.weights[j][torch.as_tensor(rng.permutation(real.weights.shape[1]))] for j in units])
     best = torch.full((int(n.max())+1, len(units)), -torch.inf)
-    for part in torch.as_tensor(windows.tokens.astype(np.int64)).split(batch):
+    for part in windows.ids().split(batch):
         best = torch.cat([best, real.read(part).flatten(0, 1)@W.T]).topk(len(best), dim=0).values
     between = (best.gather(0, n[None]-1)[0]+best.gather(0, n[None])[0])/2
     return Units(f'{real.name} shuffled', W, (share*best[0]-between)/(1-share), real.read)
@@ -371,7 +371,7 @@ def cluster_view(
         inside = np.flatnonzero(labels == c)
         order = inside[np.argsort(d[np.ix_(inside, inside)].mean(1), kind='stable')]
         shown = order[np.unique(np.linspace(0, len(order)-1, n).astype(int))]
-        contexts = [torch.as_tensor(windows.tokens[a//n_pos, :a%n_pos+1].astype(np.int64)) for a in strong.at[mine[shown]]]
+        contexts = [windows.ids([a//n_pos])[0, :a%n_pos+1] for a in strong.at[mine[shown]]]
         often = pd.Series(kind[inside]).value_counts().index
         view.sizes.append(len(inside))
         view.kinds.append(', '.join(often[:2])+(', ...' if len(often) > 2 else ''))

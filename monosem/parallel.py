@@ -87,6 +87,7 @@ def share_harvest(
         parts = [torch.empty_like(mine) for _ in range(n_processes())]
         dist.all_gather(parts, mine)
         return torch.cat(parts)[:len(tokens)]
+    f.origin = getattr(acts_of, 'origin', {})
     return f
 
 # %% ../nbs/06c_parallel.ipynb #67a2e7ef

@@ -82,7 +82,6 @@ BLIND = { # The directions v with W v = 0 that name a strategy, per number of fe
     3: {'extra dropped': [(0, 0, 1)], 'another dropped': [(1, 0, 0), (0, 1, 0)], 'extra in a pair': [(0, 1, 1), (1, 0, 1)], 'others in a pair': [(1, 1, 0)],
         'triangle': [(1, 1, 1)], 'merged': [(1, -1, 0), (1, 0, -1), (0, 1, -1)]}}
 PHASES = tuple(BLIND[3])
-_SHORT = ('dropped', 'alone', 'shares', 'alone', '', '') # What becomes of the extra feature
 
 # %% ../nbs/02a_phases.ipynb #4312ce14
 def label_phases(
@@ -149,8 +148,11 @@ def _draw_map(fig, col:int, n:int, z:Tensor, ratios:Tensor, densities:Tensor, co
     hover = '<b>%{text}</b><br>density %{customdata[0]:.3g}, importance %{customdata[1]:.3g}' + ''.join(f'<br>{PHASES[k]}: loss %{{customdata[{k+2}]:.3g}}' for k in range(n+1))
     fig.add_heatmap(x=densities.log10().numpy(), y=ratios.log10().numpy(), z=z.numpy().astype(np.int8), zmin=-.5, zmax=len(colors)-.5, colorscale=scale, showscale=False, opacity=.75, xgap=.6, ygap=.6,
                     customdata=torch.cat([p[..., None], r[..., None], strategy_losses(r, p, n)], -1).numpy(), text=[[PHASES[k] for k in row] for row in z.tolist()], hovertemplate=hover+'<extra></extra>', row=1, col=col)
-    for k,word in enumerate(_SHORT):
-        if (z == k).float().mean() > .06: fig.add_annotation(x=float(p[z == k].log10().mean()), y=float(r[z == k].log10().mean()), text=word, showarrow=False, row=1, col=col)
+    for k,phase in enumerate(PHASES):
+        if (z == k).float().mean() > .1: # a narrower tile has no room for words
+            x, y = (float(t[z == k].log10().mean()) for t in (p, r))
+            fig.add_annotation(x=x, y=y, text='<br>'.join(phase.split(maxsplit=1)),
+                               showarrow=False, row=1, col=col)
 
 # %% ../nbs/02a_phases.ipynb #0b2336e8
 def phase_maps(

@@ -26,6 +26,8 @@ MARKERS = ['circle', 'diamond', 'square', 'cross', 'triangle-up', 'x']
 INK, GRID = '#7a7a7a', 'rgba(128,128,128,.25)'
 
 # %% ../nbs/01_plotting.ipynb #bcc893bc
+_MISSING = '<p>This figure needs plotly.js, which this page does not load.</p>'
+
 class StoredFigure(MimetypeRenderer):
     "A plotly renderer whose output holds the figure's data and no copy of plotly.js."
     def to_mimebundle(self,
@@ -33,8 +35,12 @@ class StoredFigure(MimetypeRenderer):
     ) -> dict: # MIME type to content
         "The JSON form and the HTML fragment."
         value = json.loads(pio.to_json(fig_dict, validate=False))
-        html = pio.to_html(fig_dict, full_html=False, include_plotlyjs=False, auto_play=False, div_id='fig-'+content_hash(value),
+        div_id = 'fig-'+content_hash(value)
+        drawn = f"document.querySelector('#{div_id} > p').remove();"
+        html = pio.to_html(fig_dict, full_html=False, include_plotlyjs=False,
+                           auto_play=False, div_id=div_id, post_script=drawn,
                            config=dict(responsive=True, displaylogo=False), validate=False)
+        html = html.replace('></div>', f'>{_MISSING}</div>', 1)  # the figure's element
         return {'application/vnd.plotly.v1+json': value, 'text/html': html}
 
 # %% ../nbs/01_plotting.ipynb #1a93bb87
@@ -66,7 +72,7 @@ def _title(
 def lines(
     table:pd.DataFrame, # One row per x
     x:str, # Column of the horizontal axis
-    ys:Sequence[str], # Columns to draw
+    ys:Sequence[str], # Columns to draw; NaN is a gap
     title:str, # What the figure shows, as a finding
     x_title:str, # Quantity and unit
     y_title:str, # Quantity and unit
@@ -74,13 +80,22 @@ def lines(
     log_y:bool=False, # Logarithmic vertical axis
 ) -> go.Figure: # A line chart
     "One line per column of `ys` against `x`."
-    if missing := [c for c in [x, *ys] if c not in table.columns]:
-        raise ValueError(f'got no column {missing}; expected some of {list(table.columns)}; check the names.')
-    fig = go.Figure([go.Scatter(x=table[x], y=table[y], name=y, mode='lines+markers' if len(table) < 40 else 'lines',
-                                line=dict(dash=DASHES[i%6], color=COLORS[i%6]), marker=dict(symbol=MARKERS[i%6]))
-                     for i,y in enumerate(ys)])
-    return fig.update_layout(title=_title(title), showlegend=len(ys) > 1, xaxis=dict(title=x_title, type='log' if log_x else '-'),
-                             yaxis=dict(title=y_title, type='log' if log_y else '-'))
+    missing = [c for c in [x, *ys] if c not in table.columns]
+    check(not missing, f'no column {missing}', f'some of {list(table.columns)}',
+          'check the names')
+    check(bool(table[x].notna().all()), f'NaN in {x!r}', 'a place for each row',
+          'drop those rows')
+    empty = [y for y in ys if table[y].isna().all()]
+    check(not empty, f'nothing but NaN in {empty}', 'a number to draw', 'leave them out')
+    fig = go.Figure()
+    for i,y in enumerate(ys):
+        fig.add_scatter(x=table[x], y=table[y], name=y,
+                        mode='lines+markers' if len(table) < 40 else 'lines',
+                        line=dict(dash=DASHES[i%6], color=COLORS[i%6]),
+                        marker=dict(symbol=MARKERS[i%6]))
+    axis = lambda name, log: dict(title=name, type='log' if log else '-')
+    return fig.update_layout(title=_title(title), showlegend=len(ys) > 1,
+                             xaxis=axis(x_title, log_x), yaxis=axis(y_title, log_y))
 
 # %% ../nbs/01_plotting.ipynb #2ba1969d
 def histogram(
@@ -92,17 +107,22 @@ def histogram(
     weights:dict[str, np.ndarray]|None=None, # Weight of each value, per group
     log_y:bool=False, # Logarithmic heights
 ) -> go.Figure: # A bar chart over common bins
-    "Histograms over common bins, computed here so that the page stores heights and not values."
+    "Histograms over common bins, computed here: the page stores heights, not values."
     groups = {k: np.asarray(v, dtype=float) for k,v in groups.items()}
     everything = np.concatenate(list(groups.values()))
-    check(len(everything) > 0 and np.isfinite(everything).all(), 'no value, or NaN or infinite ones', 'finite values', 'filter the data')
-    edges = np.linspace(everything.min(), everything.max()+1e-9, bins+1)
-    mids = (edges[1:]+edges[:-1])/2
-    fig = go.Figure([go.Bar(x=mids, y=np.histogram(v, edges, weights=None if weights is None else weights[k])[0], name=k,
-                            marker=dict(color=COLORS[i%6], pattern=dict(shape=['', '/', '.'][i%3])), opacity=.75, width=np.diff(edges))
-                     for i,(k,v) in enumerate(groups.items())])
-    return fig.update_layout(title=_title(title), barmode='overlay', bargap=0, showlegend=len(groups) > 1,
-                             xaxis_title=x_title, yaxis=dict(title=y_title, type='log' if log_y else '-'))
+    numbers = [everything, *(weights or {}).values()]
+    check(len(everything) > 0 and all(np.isfinite(v).all() for v in numbers),
+          'no value, or NaN or infinite ones', 'finite values', 'filter the data')
+    edges = np.histogram_bin_edges(everything, bins)
+    fig = go.Figure()
+    for i,(k,v) in enumerate(groups.items()):
+        heights, _ = np.histogram(v, edges, weights=weights[k] if weights else None)
+        pattern = dict(shape=['', '/', '.'][i%3])
+        fig.add_bar(x=(edges[1:]+edges[:-1])/2, y=heights, width=np.diff(edges),
+                    name=k, opacity=.75, marker=dict(color=COLORS[i%6], pattern=pattern))
+    return fig.update_layout(title=_title(title), barmode='overlay', bargap=0,
+                             showlegend=len(groups) > 1, xaxis_title=x_title,
+                             yaxis=dict(title=y_title, type='log' if log_y else '-'))
 
 # %% ../nbs/01_plotting.ipynb #c49e6d1f
 def estimates(
@@ -113,8 +133,15 @@ def estimates(
     "Dots with their 95 % intervals, a row per label, one symbol per series."
     fig = go.Figure()
     for i,(name, rows) in enumerate(groups.items()):
-        e = list(rows.values())
-        fig.add_scatter(x=[r.value for r in e], y=list(rows), name=name, mode='markers', orientation='h', offsetgroup=name,
-                        marker=dict(symbol=MARKERS[i%6], size=11, color=COLORS[i%6]),
-                        error_x=dict(type='data', symmetric=False, array=[r.high-r.value for r in e], arrayminus=[r.value-r.low for r in e]))
-    return fig.update_layout(title=_title(title), xaxis_title=x_title, yaxis=dict(autorange='reversed'), scattermode='group', scattergap=.7)
+        bad = [k for k,r in rows.items() if not np.isfinite(r[:3]).all()]
+        check(not bad, f'NaN or infinite numbers for {bad} in {name!r}',
+              'a value and its interval', 'leave these rows out')
+        whiskers = dict(type='data', symmetric=False,
+                        array=[r.high-r.value for r in rows.values()],
+                        arrayminus=[r.value-r.low for r in rows.values()])
+        fig.add_scatter(x=[r.value for r in rows.values()], y=list(rows), name=name,
+                        mode='markers', orientation='h', offsetgroup=name, error_x=whiskers,
+                        marker=dict(symbol=MARKERS[i%6], size=11, color=COLORS[i%6]))
+    return fig.update_layout(title=_title(title), xaxis_title=x_title,
+                             yaxis=dict(autorange='reversed'),
+                             scattermode='group', scattergap=.7)

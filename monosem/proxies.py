@@ -10,7 +10,7 @@ __all__ = ['DNA', 'BASE64', 'SCRIPTS', 'FLOOR', 'CONTEXTS', 'unigram', 'alphabet
            'level_curve', 'spectrum']
 
 # %% ../nbs/10_proxies.ipynb #0b83d8db
-import math
+import math, warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,12 +18,13 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 from tokenizers import Tokenizer
 
 from .core import Estimate, bootstrap, check, pearson
 from .corpus import TokenWindows, token_bytes
 from .features import feature_pass, logit_weights, restrict, top_tokens
+from .hooked import fitting
 from .plotting import histogram
 from .sae import SAE
 
@@ -44,7 +45,7 @@ def unigram(
 
 # %% ../nbs/10_proxies.ipynb #8e391b9e
 def alphabet_proxy(
-    tokens:Int[np.ndarray, 'n_windows pos'], # Token ids
+    tokens:Integer[np.ndarray, 'n_windows pos'], # Token ids
     names:list[bytes], # Bytes of each token, see `token_bytes`
     log_p:Float[np.ndarray, 'd_vocab'], # From `unigram`
     alphabet:str, # Characters of the context, equally likely
@@ -88,11 +89,13 @@ def script_share(
 
 # %% ../nbs/10_proxies.ipynb #0918e5db
 def script_proxy(
-    tokens:Int[np.ndarray, 'n_windows pos'], # Token ids
+    tokens:Integer[np.ndarray, 'n_windows pos'], # Token ids
     share:Float[np.ndarray, 'd_vocab'], # From `script_share`
-) -> Float[np.ndarray, 'n_windows pos']: # Nats
+) -> Float[np.ndarray, 'n_windows pos']: # Nats; -inf everywhere in a text without the script
     "log P(script | token) / P(script), the latter being the mean of the same heuristic."
-    p = np.maximum(share, FLOOR)[tokens]
+    seen = share[tokens]
+    if not seen.any(): return np.full(tokens.shape, -np.inf)
+    p = np.maximum(seen, FLOOR)
     return np.log(p/p.mean())
 
 # %% ../nbs/10_proxies.ipynb #688cc97e
@@ -113,7 +116,8 @@ def proxy(
     tok:Tokenizer, # Its tokenizer
 ) -> Float[np.ndarray, 'n_windows pos']: # Nats; positive where the context is likelier than not
     "The proxy of a context for every token (Bricken et al. 2023, *Detailed Investigations*)."
-    names, log_p = token_bytes(tok), unigram(windows, tok.get_vocab_size())
+    names = token_bytes(tok)
+    log_p = unigram(windows, len(names))
     if name in SCRIPTS: return script_proxy(windows.tokens, script_share(windows, names, name))
     alphabets = {'dna': (DNA, 2), 'base64': (BASE64, 1)}
     check(name in alphabets, f'the context {name!r}', f'one of {sorted([*SCRIPTS, *alphabets])}', 'check the spelling')
@@ -132,28 +136,29 @@ def halves(
 class Correlations(NamedTuple):
     "Pearson's r of every feature and neuron with every context."
     features: Float[np.ndarray, 'n_contexts n_feats']
-    neurons: Float[np.ndarray, 'n_contexts d_mlp']
+    neurons: Float[np.ndarray, 'n_contexts d_in'] # Or whatever the activations at the hook point are
 
 # %% ../nbs/10_proxies.ipynb #1bd5973e
 def correlate(
-    model, # A one-layer transformer
-    sae:SAE, # Its dictionary
+    model, # A model of `build_transformer`, or any from `at_hook`
+    sae:SAE, # A dictionary of its activations
     windows:TokenWindows, # The text
     targets:Bool[np.ndarray, 'n_contexts n_windows pos'], # In the context or not
     mask:Bool[np.ndarray, 'n_windows pos'], # Tokens to use
 ) -> Correlations: # Pearson's r; NaN for a feature that never fires
     "Correlate every feature and neuron with every context in one pass."
+    at, n_feats = fitting(model, sae, windows), sae.cfg.n_feats
     use = np.stack([mask, *(targets & mask)])  # row 0 counts every token, the others those in a context
-    sums = torch.zeros(len(use)+1, sae.cfg.n_feats+model.cfg.d_mlp, dtype=torch.double)
-    for s in feature_pass(model, sae, windows, desc='selecting'):
-        y, x = torch.as_tensor(use[:, s.rows]).flatten(1).float(), torch.cat([s.features, s.neurons], -1).flatten(0, 1).cpu()
+    sums = torch.zeros(len(use)+1, n_feats+at.d_in, dtype=torch.double)
+    for s in feature_pass(at, sae, windows, desc='selecting'):
+        y = torch.as_tensor(use[:, s.rows]).flatten(1).float()
+        x = torch.cat([s.features, s.acts], -1).flatten(0, 1).cpu()
         sums[:-1] += y@x
         sums[-1] += y[0]@x.square_()
     n, y = float(mask.sum()), (targets & mask).sum((1, 2))[:, None].astype(float)
     x, yx, xx = sums[0].numpy(), sums[1:-1].numpy(), sums[-1].numpy()
-    shape = yx.shape
-    r = pearson(np.stack([np.broadcast_to(v, shape) for v in (n, x, y, xx, y, yx)], -1))
-    return Correlations(r[:, :sae.cfg.n_feats], r[:, sae.cfg.n_feats:])
+    r = pearson(np.stack([np.broadcast_to(v, yx.shape) for v in (n, x, y, xx, y, yx)], -1))
+    return Correlations(r[:, :n_feats], r[:, n_feats:])
 
 # %% ../nbs/10_proxies.ipynb #b298790e
 @dataclass(frozen=True)
@@ -177,29 +182,53 @@ class FeatureTest:
 
 # %% ../nbs/10_proxies.ipynb #c8366168
 def test_contexts(
-    model, # A one-layer transformer
-    sae:SAE, # Its dictionary
+    model, # A model of `build_transformer`, or any from `at_hook`
+    sae:SAE, # A dictionary of its activations
     tok:Tokenizer, # Its tokenizer
     windows:TokenWindows, # Validation windows
     contexts:list[Context]=CONTEXTS, # What to test
     seed:int=0, # Of the split in halves
+    chosen:dict[str, tuple[int, int]]|None=None, # Feature and neuron of each context, from another run; None selects them here
 ) -> tuple[list[FeatureTest], dict[str, pd.DataFrame]]: # A test per context, and its measured tokens: act, neuron, inside, of_kind, doc
-    "Select the best feature and neuron per context on one half of the documents, measure them on the other."
-    targets = np.stack([proxy(c.name, windows, tok) > 0 for c in contexts])
-    select = halves(windows, seed)
-    for c,t in zip(contexts, targets):
-        check((t & select).any() and (t & ~select).any(), f'no {c.name} token in one of the halves', 'some in both', 'use more validation text')
-    corr = correlate(model, sae, windows, targets, select)
-    best, rival = np.nanargmax(corr.features, 1), np.nanargmax(corr.neurons, 1)
-    acts = [(s.features, s.neurons[..., rival]) for s in feature_pass(model, restrict(sae, best), windows, batch=64, desc='measuring')]
+    "Select the best feature and neuron per context on one half of the documents, measure them on the other; a context that the text lacks drops out with a warning."
+    at, select = fitting(model, sae, windows, tok), halves(windows, seed)
+    targets = {c.name: proxy(c.name, windows, tok) > 0 for c in contexts}
+    contexts = [c for c in contexts if _testable(c.name, targets[c.name], select)]
+    if not contexts: return [], {}
+    targets = np.stack([targets[c.name] for c in contexts])
+    if chosen: best, rival = zip(*(chosen[c.name] for c in contexts))
+    else:
+        corr = correlate(at, sae, windows, targets, select)
+        best, rival = _strongest(corr.features), _strongest(corr.neurons)
+    passes = feature_pass(at, restrict(sae, np.array(best)), windows, batch=64, desc='measuring')
+    acts = [(s.features, s.acts[..., list(rival)]) for s in passes]
     act, neuron = (torch.cat(a).cpu().numpy()[~select] for a in zip(*acts))
     tests, tables = [], {}
     for i,c in enumerate(contexts):
-        of_kind = np.isin(windows.kind, [windows.kinds.index(k) for k in c.kinds if k in windows.kinds])[~select]
-        tables[c.name] = pd.DataFrame(dict(act=act[:, i], neuron=neuron[:, i], inside=targets[i][~select], of_kind=of_kind, doc=windows.doc[~select]))
-        logits = logit_weights(model, sae.W_dec[best[i]][None])[0]
-        tests.append(_measure(c.name, int(best[i]), int(rival[i]), tables[c.name], top_tokens(logits, tok)))
+        of_kind = np.isin(windows.kind, [windows.kinds.index(k) for k in c.kinds if k in windows.kinds])
+        table = pd.DataFrame(dict(act=act[:, i], neuron=neuron[:, i], inside=targets[i][~select],
+                                  of_kind=of_kind[~select], doc=windows.doc[~select]))
+        tops = _promoted(at, sae.W_dec[best[i]], tok)
+        tests.append(_measure(c.name, int(best[i]), int(rival[i]), table, tops))
+        tables[c.name] = table
     return tests, tables
+
+def _testable(name:str, inside:np.ndarray, select:np.ndarray) -> bool:
+    "Whether both halves hold tokens inside and outside a context; says so if not."
+    lacks = [what for what, t in (('in', inside), ('outside', ~inside))
+             if not ((t & select).any() and (t & ~select).any())]
+    if lacks: warnings.warn(f'{name} is not tested: a half of the text has no token '
+                            f'{lacks[0]} the context; use more validation text.', stacklevel=3)
+    return not lacks
+
+def _strongest(r:np.ndarray) -> np.ndarray:
+    "Index of the largest correlation of each context; the first where none is defined."
+    return np.where(np.isnan(r), -np.inf, r).argmax(1)
+
+def _promoted(at, direction:torch.Tensor, tok:Tokenizer) -> list[str]:
+    "The tokens that a direction promotes most; none where its way to the logits is not linear."
+    try: return top_tokens(logit_weights(at, direction[None])[0], tok)
+    except ValueError: return []
 
 # %% ../nbs/10_proxies.ipynb #58e45557
 def _measure(
@@ -210,24 +239,37 @@ def _measure(
     tokens:list[str], # Top tokens
 ) -> FeatureTest:
     "All numbers of one context, intervals over documents."
-    a, b, y, half = t.act.to_numpy(float), t.neuron.to_numpy(float), t.inside.to_numpy(float), t.act > t.act.max()/2
-    columns = [np.ones_like(a), a, y, a*a, y, a*y, b, b*b, b*y, a > 0, (a > 0)*y, half, half*y, half*t.of_kind]
-    s = pd.DataFrame(np.stack([np.asarray(c, float) for c in columns], 1)).groupby(t.doc.to_numpy()).sum().to_numpy()
-    r_f, r_n = (lambda u: pearson(u[..., [0, 1, 2, 3, 4, 5]])), (lambda u: pearson(u[..., [0, 6, 2, 7, 4, 8]]))
-    share = lambda part, whole: bootstrap(s, lambda u: u[..., part]/u[..., whole])
-    return FeatureTest(name, feature, neuron, len(t), int(t.doc[t.inside & t.of_kind].nunique()), float(y.mean()), float((a > 0).mean()), float(a.max()),
-                       share(10, 9), share(12, 11), share(13, 11), bootstrap(s, r_f), bootstrap(s, r_n), bootstrap(s, lambda u: r_f(u)-r_n(u)), tokens)
+    a, b, y = (t[k].to_numpy(float) for k in ('act', 'neuron', 'inside'))
+    fires, strong = a > 0, a > a.max()/2
+    columns = dict(n=1., a=a, b=b, y=y, aa=a*a, bb=b*b, ay=a*y, by=b*y, fires=fires,
+                   fires_inside=fires*y, strong=strong, strong_inside=strong*y,
+                   strong_of_kind=strong*t.of_kind.to_numpy(float))
+    s = pd.DataFrame(columns, index=t.index, dtype=float).groupby(t.doc.to_numpy()).sum()
+    def r(u): return pearson(np.stack([u.n, u.a, u.y, u.aa, u.y, u.ay], -1))
+    def r_neuron(u): return pearson(np.stack([u.n, u.b, u.y, u.bb, u.y, u.by], -1))
+    return FeatureTest(
+        name, feature, neuron, n_tokens=len(t),
+        n_docs=int(t.doc[t.inside & t.of_kind].nunique()), base_rate=float(y.mean()),
+        density=float(fires.mean()), max_act=float(a.max()),
+        specificity=bootstrap(s, lambda u: u.fires_inside/u.fires),
+        specificity_half=bootstrap(s, lambda u: u.strong_inside/u.strong),
+        specificity_kind=bootstrap(s, lambda u: u.strong_of_kind/u.strong),
+        r=bootstrap(s, r), r_neuron=bootstrap(s, r_neuron),
+        difference=bootstrap(s, lambda u: r(u)-r_neuron(u)), top_tokens=tokens)
 
 # %% ../nbs/10_proxies.ipynb #49e83429
 def tests_table(
     tests:list[FeatureTest], # From `test_contexts`
     name:str='A/1', # Name of the dictionary
-) -> pd.DataFrame: # One row per context
+) -> pd.DataFrame: # One row per context; none for no test
     "The tests as a table for reading."
-    return pd.DataFrame([{'context': t.context, 'feature': f'{name}/{t.feature}', 'density': f'{t.density:.2%}', 'base rate': f'{t.base_rate:.2%}',
-                          'specificity': str(t.specificity), 'specificity > max/2': str(t.specificity_half), 'r feature': str(t.r),
-                          'r best neuron': f'{t.r_neuron} ({t.neuron})', 'difference': str(t.difference), 'documents': t.n_docs,
-                          'top tokens': ' '.join(t.top_tokens[:6])} for t in tests]).set_index('context')
+    rows = [{'context': t.context, 'feature': f'{name}/{t.feature}',
+             'density': f'{t.density:.2%}', 'base rate': f'{t.base_rate:.2%}',
+             'specificity': str(t.specificity), 'specificity > max/2': str(t.specificity_half),
+             'r feature': str(t.r), 'r best neuron': f'{t.r_neuron} ({t.neuron})',
+             'difference': str(t.difference), 'documents': t.n_docs,
+             'top tokens': ' '.join(t.top_tokens[:6])} for t in tests]
+    return pd.DataFrame(rows or {'context': []}).set_index('context')
 
 # %% ../nbs/10_proxies.ipynb #351bea26
 def level_curve(
@@ -235,10 +277,18 @@ def level_curve(
     n_levels:int=11, # Intervals between 0 and the maximum, as in the paper
 ) -> pd.DataFrame: # One row per interval: level (its middle), tokens, specificity
     "Specificity by activation interval."
-    on = table[table.act > 0]
+    on = _active(table)
     edges = np.linspace(0, on.act.max()*(1+1e-6), n_levels+1)
     g = on.groupby(np.digitize(on.act, edges)-1)
-    return pd.DataFrame(dict(level=(edges[:-1]+edges[1:])[list(g.groups)]/2, tokens=g.size(), specificity=g.inside.mean())).reset_index(drop=True)
+    middles = (edges[:-1]+edges[1:])/2
+    return pd.DataFrame(dict(level=middles[list(g.groups)], tokens=g.size(),
+                             specificity=g.inside.mean())).reset_index(drop=True)
+
+def _active(table:pd.DataFrame) -> pd.DataFrame:
+    "The tokens on which the feature fires."
+    check((table.act > 0).any(), f'{len(table):,} tokens on none of which the feature fires',
+          'some', 'use more text, or another feature')
+    return table[table.act > 0]
 
 # %% ../nbs/10_proxies.ipynb #acfe3a07
 def spectrum(
@@ -247,7 +297,7 @@ def spectrum(
     by_activation:bool=True, # Weight each token by its activation (the expected-value plot)
 ) -> go.Figure: # Inside and outside the context
     "How a feature's activations divide between tokens inside and outside its context."
-    on = table[table.act > 0]
+    on = _active(table)
     groups = {'inside': on.act[on.inside].to_numpy(), 'outside': on.act[~on.inside].to_numpy()}
     part = groups['inside'].sum()/on.act.sum()
     return histogram(groups, f'{name}: {part:.0%} of its activation is inside its context', 'activation (no unit)',

@@ -8,7 +8,7 @@ Docs: https://monosem.github.io/monosem/reproduce.html.md"""
 __all__ = ['SCALES', 'Scale', 'Stages', 'corpus_name', 'reproduce', 'read_tests', 'markdown_table', 'report', 'ship', 'claims']
 
 # %% ../nbs/17b_reproduce.ipynb #69e8cfa6
-import json, resource, shutil, sys, time
+import json, shutil, sys, time, warnings
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,47 +17,57 @@ from typing import Any, Callable
 import numpy as np
 import pandas as pd
 
-from .activations import ActivationStream, StreamConfig, at_neurons
+from .activations import ActivationStream, StreamConfig
 from .checkpoints import Checkpoints
-from .core import Config, Estimate, content_hash, load_artefact, replacing, run_record, write_json
-from .corpus import Mixture, _data_folder, load_corpus, load_tokenizer, manifest, token_windows, train_tokenizer
+from .core import (Config, Estimate, check, content_hash, load_artefact, replacing,
+                          run_record, write_json)
+from .corpus import (Corpus, Mixture, TokenWindows, _data_folder, load_corpus,
+                            load_tokenizer, manifest, token_windows, train_tokenizer)
 from .evaluation import evaluate
-from .proxies import CONTEXTS, FeatureTest, halves, proxy, test_contexts, tests_table
+from .hooked import at_hook
+from .proxies import FeatureTest, test_contexts, tests_table
 from .resampling import ResampleConfig, Resampler
 from .sae import SAEConfig, load_sae, save_sae
 from .steering import steer
 from .training import SAETrainConfig, train_sae
-from .transformer import (LMTrainConfig, TransformerConfig, build_transformer, load_transformer, save_transformer,
-                                 train_transformer)
+from .transformer import (LMTrainConfig, TransformerConfig, build_transformer,
+                                 load_transformer, save_transformer, train_transformer)
 
 # %% ../nbs/17b_reproduce.ipynb #5832e6e6
 @dataclass(frozen=True)
 class Scale(Config):
-    "Everything that decides a run."
+    "Everything that decides a run; what a scale does not name is the default of its configuration."
     name: str
     corpus: str = 'core'                                    # See `load_corpus`
     mixture: Mixture = Mixture(budget=7_000_000)            # Kinds, and training tokens
-    d_vocab: int = 8192                                     # Tokens of the tokenizer
+    d_vocab: int = 8192                                     # Tokens of the tokenizer; a small corpus may give fewer
     tokenizer_bytes: int = 20_000_000                       # Text the tokenizer is trained on
-    model: TransformerConfig = TransformerConfig()          # Shape of A
+    model: TransformerConfig = TransformerConfig()          # Shape of A; its vocabulary follows the tokenizer
     lm: LMTrainConfig = LMTrainConfig()                     # How A is trained
-    sae: SAEConfig = SAEConfig(l1=2.5)                      # Shape of A/1 and its coefficient
-    stream: StreamConfig = StreamConfig(batch=1024, per_window=96) # How activations are drawn
-    train: SAETrainConfig = SAETrainConfig(warmup=.02, decay=.2, l1_warmup=.1) # How A/1 is trained
-    resample: ResampleConfig = ResampleConfig(at=(.15, .3, .45, .6), window=100_000, pool=40_960) # When dead features are revived
+    sae: SAEConfig = SAEConfig()                            # Shape of A/1 and its coefficient
+    stream: StreamConfig = StreamConfig()                   # How activations are drawn
+    train: SAETrainConfig = SAETrainConfig()                # How A/1 is trained
+    resample: ResampleConfig = ResampleConfig()             # When dead features are revived
     lm_validation: int = 100_000                            # Validation tokens for the transformer's log
     eval_tokens: int = 300_000                              # Validation tokens for the dictionary's numbers
     test_tokens: int = 2_000_000                            # Validation tokens for the feature tests
 
+_TINY = TransformerConfig(d_vocab=1024, d_model=32, d_mlp=64, n_heads=2, n_ctx=64)
+
 SCALES = {
-    'tiny': Scale('tiny', 'mini', Mixture(budget=150_000), d_vocab=1024, tokenizer_bytes=500_000,
-                  model=TransformerConfig(d_vocab=1024, d_model=32, d_mlp=64, n_heads=2, n_ctx=64), sae=SAEConfig(d_in=64, n_feats=128, l1=.2),
-                  stream=StreamConfig(batch=256, block=16_384, per_window=32), train=SAETrainConfig(warmup=.02, decay=.2, l1_warmup=.1, dead_window=20_000),
-                  resample=ResampleConfig(at=(.15, .3, .45, .6), window=20_000, pool=4096), lm_validation=20_000, eval_tokens=20_000, test_tokens=150_000),
+    'tiny': Scale('tiny', 'mini', Mixture(budget=250_000), d_vocab=1024, tokenizer_bytes=500_000,
+                  model=_TINY, sae=SAEConfig(d_in=64, n_feats=128, l1=.2),
+                  stream=StreamConfig(batch=256, block=16_384, per_window=32),
+                  train=SAETrainConfig(dead_window=20_000),
+                  resample=ResampleConfig(window=20_000, pool=4096),
+                  lm_validation=20_000, eval_tokens=20_000, test_tokens=150_000),
     'small': Scale('small'),
-    'paper': Scale('paper', mixture=Mixture(budget=300_000_000), lm=LMTrainConfig(batch=128, lr=2e-3, eval_every=2000),
-                   stream=StreamConfig(batch=8192, block=2**21, per_window=250), train=SAETrainConfig(lr=3e-4, warmup=.02, decay=.2, l1_warmup=.1, dead_window=2_000_000),
-                   resample=ResampleConfig(window=2_000_000), lm_validation=1_000_000,
+    'paper': Scale('paper', mixture=Mixture(budget=300_000_000),
+                   lm=LMTrainConfig(batch=128, lr=2e-3, eval_every=2000),
+                   sae=SAEConfig(start='random'),
+                   stream=StreamConfig(batch=8192, block=2**21, per_window=250),
+                   train=SAETrainConfig.paper(lr=3e-4, dead_window=2_000_000),
+                   resample=ResampleConfig.paper(window=2_000_000), lm_validation=1_000_000,
                    eval_tokens=2_000_000, test_tokens=10_000_000),
 }
 
@@ -77,8 +87,8 @@ class Stages:
     ) -> Path: # Where the result is
         "Make a stage's result, or reuse it."
         self.key, out, note = content_hash([self.key, name, config]), self.folder/name, self.folder/f'{name}.key.json'
-        if out.exists() and note.exists() and json.loads(note.read_text())['key'] == self.key:
-            self.log.append(dict(stage=name, reused=True, **json.loads(note.read_text())['log']))
+        if out.exists() and note.exists() and _read(note)['key'] == self.key:
+            self.log.append(dict(stage=name, reused=True, **_read(note)['log']))
             self.say(f'[{name}] reused from {out} (same configuration {self.key})')
             return out
         self.say(f'[{name}] ...')
@@ -89,6 +99,10 @@ class Stages:
         self.log.append(dict(stage=name, reused=False, **note_log))
         self.say(f'[{name}] done in {note_log["seconds"]} s' + ''.join(f', {k} {v}' for k,v in note_log.items() if k != 'seconds'))
         return out
+
+def _read(path:Path) -> Any:
+    "A JSON file."
+    return json.loads(path.read_text(encoding='utf-8'))
 
 # %% ../nbs/17b_reproduce.ipynb #54eb1213
 def corpus_name(
@@ -105,88 +119,137 @@ def _corpus_key(name:str) -> Any:
     return load_corpus(name).hash
 
 # %% ../nbs/17b_reproduce.ipynb #1aad2222
+class _Texts(dict):
+    "The windows of a run, tokenised once each: training ones, and validation ones by their budget."
+    def __init__(self, corpus:Callable[[], Corpus], tok, scale:Scale):
+        self.corpus, self.tok, self.scale = corpus, tok, scale
+
+    def __missing__(self, budget:int|None) -> TokenWindows: # None for the training windows
+        m, n_ctx = self.scale.mixture, self.scale.model.n_ctx
+        if budget is None: self[None] = token_windows(self.corpus(), self.tok, m, n_ctx=n_ctx)
+        else: self[budget] = token_windows(self.corpus(), self.tok, replace(m, budget=budget),
+                                           validation=True, n_ctx=n_ctx, spread=True)
+        return self[budget]
+
 def reproduce(
     scale:Scale, # What to run
     out:str|Path='runs', # Where results go, in a folder of the scale's name
-    device:str|None=None, # See `pick_device`
+    device:Any=None, # See `pick_device`
     say:Callable=print, # Where lines go
 ) -> dict: # What was measured, also written to results.json and results.md
     "Run the chain from text to tested features; finished stages are reused."
     start, scale = time.time(), replace(scale, corpus=corpus_name(scale.corpus))
-    folder = Path(out)/scale.name
+    folder, corpus = Path(out)/scale.name, lru_cache(lambda: load_corpus(scale.corpus))
     st = Stages(folder, say)
-    corpus = lru_cache(lambda: load_corpus(scale.corpus))
-    tok_path = st.run('tokenizer.json', [_corpus_key(scale.corpus), scale.mixture.to_dict(), scale.d_vocab, scale.tokenizer_bytes],
-                      lambda p: _make_tokenizer(p, corpus(), scale))
+    key = [_corpus_key(scale.corpus), scale.mixture.to_dict(), scale.d_vocab, scale.tokenizer_bytes]
+    tok_path = st.run('tokenizer.json', key, lambda p: _make_tokenizer(p, corpus(), scale))
     tok = load_tokenizer(str(tok_path))
-    windows = lru_cache(lambda: token_windows(corpus(), tok, scale.mixture, n_ctx=scale.model.n_ctx))
-    held = lambda n: token_windows(corpus(), tok, replace(scale.mixture, budget=n), validation=True, n_ctx=scale.model.n_ctx, spread=True)
-    a = st.run('A', [scale.model.to_dict(), scale.lm.to_dict(), scale.lm_validation], lambda p: _make_transformer(p, scale, windows(), held(scale.lm_validation), device))
+    scale = replace(scale, model=replace(scale.model, d_vocab=tok.get_vocab_size()))
+    texts = _Texts(corpus, tok, scale)
+    a = st.run('A', [scale.model.to_dict(), scale.lm.to_dict(), scale.lm_validation],
+               lambda p: _make_transformer(p, scale, texts, device))
     model = lru_cache(lambda: load_transformer(a, device))
-    a1 = st.run('A-1', [scale.sae.to_dict(), scale.stream.to_dict(), scale.train.to_dict(), scale.resample.to_dict()],
-                lambda p: _make_sae(p, scale, model(), windows(), device))
+    parts = (scale.sae, scale.stream, scale.train, scale.resample)
+    a1 = st.run('A-1', [p.to_dict() for p in parts],
+                lambda p: _make_sae(p, scale, model(), texts[None]))
     sae = lru_cache(lambda: load_sae(a1, device))
-    ev = st.run('evaluation.json', scale.eval_tokens, lambda p: _make_evaluation(p, model(), sae(), held(scale.eval_tokens)))
-    ft = st.run('features.json', scale.test_tokens, lambda p: _make_features(p, model(), sae(), tok, held(scale.test_tokens)))
-    sm = st.run('samples.json', 'pinned at 1x the maximum', lambda p: _make_samples(p, model(), sae(), tok, json.loads(ft.read_text())))
-    results = dict(scale=scale.to_dict(), stages=st.log, transformer=load_artefact(a).run, dictionary=load_artefact(a1).run,
-                   **{p.stem: json.loads(p.read_text()) for p in (ev, ft, sm)},
-                   seconds=round(time.time()-start, 1), peak_memory_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform != 'darwin' else 1e9), 2))
+    ev = st.run('evaluation.json', scale.eval_tokens,
+                lambda p: _make_evaluation(p, model(), sae(), texts[scale.eval_tokens]))
+    ft = st.run('features.json', scale.test_tokens,
+                lambda p: _make_features(p, model(), sae(), tok, texts[scale.test_tokens], say))
+    sm = st.run('samples.json', 'pinned at 1x the maximum',
+                lambda p: _make_samples(p, model(), sae(), tok, _read(ft)))
+    results = dict(scale=scale.to_dict(), stages=st.log, transformer=load_artefact(a).run,
+                   dictionary=load_artefact(a1).run, **{p.stem: _read(p) for p in (ev, ft, sm)},
+                   seconds=round(time.time()-start, 1), peak_memory_gb=_peak_memory_gb())
     write_json(folder/'results.json', results)
-    with replacing(folder/'results.md') as tmp: tmp.write_text(report(results))
+    with replacing(folder/'results.md') as tmp: tmp.write_text(report(results), encoding='utf-8')
     return results
+
+def _peak_memory_gb() -> float|None:
+    "The most memory this process held; not known on Windows."
+    try: import resource
+    except ImportError: return None
+    unit = 1e9 if sys.platform == 'darwin' else 1e6
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/unit, 2)
 
 # %% ../nbs/17b_reproduce.ipynb #fd5e9264
 def _make_tokenizer(path, corpus, scale):
     "Train and store the tokenizer."
-    with replacing(path) as tmp: train_tokenizer(corpus, scale.mixture, scale.d_vocab, scale.tokenizer_bytes).save(str(tmp))
-    return dict(tokens=scale.d_vocab, corpus=f'{corpus.name} ({len(corpus):,} documents)')
+    tok = train_tokenizer(corpus, scale.mixture, scale.d_vocab, scale.tokenizer_bytes)
+    with replacing(path) as tmp: tok.save(str(tmp))
+    return dict(tokens=tok.get_vocab_size(), corpus=f'{corpus.name} ({len(corpus):,} documents)')
+
+def _look_ahead(path, scale, texts):
+    "Everything that later stages will need, before the first long one."
+    check(scale.sae.d_in == scale.model.d_mlp, f'a dictionary of width {scale.sae.d_in} for '
+          f'{scale.model.d_mlp} neurons', 'equal widths', 'change the scale')
+    for budget in (scale.lm_validation, scale.eval_tokens, scale.test_tokens): texts[budget]
+    stream = ActivationStream(lambda t: t, texts[None], scale.stream)
+    Resampler(scale.resample).possible(len(stream), scale.stream.batch)
+    numbers = 2*scale.sae.d_in*scale.sae.n_feats + scale.resample.pool*scale.sae.d_in
+    needed, free = 12*3*numbers, shutil.disk_usage(path.parent).free  # three checkpoints at most
+    check(free > needed, f'{free/1e9:.2f} GB free on the disk of {path.parent}',
+          f'{needed/1e9:.2f} GB for checkpoints', 'free some space, or choose another folder',
+          OSError)
 
 def _checkpoints(path, scale, windows):
     "Where a stage of this scale on this text keeps its checkpoints."
-    return Checkpoints(path.with_name(f'{path.name}.checkpoints-{content_hash([scale.to_dict(), windows.hash])}'), every_s=60.)
+    key = content_hash([scale.to_dict(), windows.hash])
+    return Checkpoints(path.with_name(f'{path.name}.checkpoints-{key}'), every_s=60.)
 
-def _make_transformer(path, scale, train, validation, device):
+def _make_transformer(path, scale, texts, device):
     "Train and store A."
-    kept = _checkpoints(path, scale, train)
-    done = train_transformer(build_transformer(scale.model, device), train, validation, scale.lm, kept)
+    _look_ahead(path, scale, texts)
+    train, validation = texts[None], texts[scale.lm_validation]
+    kept, model = _checkpoints(path, scale, train), build_transformer(scale.model, device)
+    done = train_transformer(model, train, validation, scale.lm, kept)
     log, rate = done.log.round(4), round(train.n_tokens/done.seconds)
-    save_transformer(done.model, scale.model, path, run_record(name='A', tokens=train.n_tokens, data=train.hash, config=scale.lm.to_dict(), epochs=train.epochs,
-                     seconds=round(done.seconds), tokens_per_s=rate, validation_nats=log.validation_nats.iloc[-1], log=log.to_dict('records')))
+    nats = float(log.validation_nats.iloc[-1])
+    save_transformer(done.model, scale.model, path, run_record(
+        name='A', tokens=train.n_tokens, data=train.hash, config=scale.lm.to_dict(),
+        epochs=train.epochs, seconds=round(done.seconds), tokens_per_s=rate,
+        validation_nats=nats, log=log.to_dict('records')))
     shutil.rmtree(kept.folder, ignore_errors=True)  # the model is saved
-    return dict(tokens=train.n_tokens, tokens_per_s=rate, validation_nats=float(log.validation_nats.iloc[-1]))
+    return dict(tokens=train.n_tokens, tokens_per_s=rate, validation_nats=nats)
 
-def _make_sae(path, scale, model, windows, device):
+def _make_sae(path, scale, model, windows):
     "Harvest activations, train and store A/1."
-    stream, resampler = ActivationStream(at_neurons(model), windows, scale.stream, next(model.parameters()).device), Resampler(scale.resample)
+    at, resampler = at_hook(model), Resampler(scale.resample)
+    stream = ActivationStream(at, windows, scale.stream, at.device)
     kept = _checkpoints(path, scale, windows)
-    done = train_sae(stream, scale.sae, scale.train, [resampler], next(model.parameters()).device, 'A/1', kept)
-    last, vectors = done.log.iloc[-1], len(stream)*scale.stream.batch
-    save_sae(done.sae, path, run_record(name='A/1', vectors=vectors, data=windows.hash, config=scale.train.to_dict(), stream=scale.stream.to_dict(),
-             resampled=resampler.history, seconds=round(done.seconds), vectors_per_s=round(vectors/done.seconds), log=done.log.round(4).to_dict('records')))
+    done = train_sae(stream, scale.sae, scale.train, [resampler], at.device, 'A/1', kept)
+    last, vectors = done.log.iloc[-1], stream.n_vectors
+    rate = round(vectors/done.seconds)
+    save_sae(done.sae, path, run_record(
+        name='A/1', vectors=vectors, data=windows.hash, config=scale.train.to_dict(),
+        stream=scale.stream.to_dict(), resampled=resampler.history,
+        seconds=round(done.seconds), vectors_per_s=rate,
+        log=done.log.round(4).to_dict('records')))
     shutil.rmtree(kept.folder, ignore_errors=True)  # the dictionary is saved
-    return dict(vectors=vectors, vectors_per_s=round(vectors/done.seconds), L0=round(last.l0, 1), FVU=round(last.fvu, 3), dead=int(last.dead))
+    return dict(vectors=vectors, vectors_per_s=rate, L0=round(last.l0, 1),
+                FVU=round(last.fvu, 3), dead=int(last.dead))
 
 def _make_evaluation(path, model, sae, windows):
     "Measure the dictionary."
     e = evaluate(model, sae, windows)
-    write_json(path, e.to_dict() | dict(density_quantiles=np.quantile(e.density, [.1, .25, .5, .75, .9]).tolist()))
+    quantiles = np.quantile(e.density, [.1, .25, .5, .75, .9]).tolist()
+    write_json(path, e.to_dict() | dict(density_quantiles=quantiles))
     return dict(tokens=e.n_tokens, L0=str(e.l0), recovered=str(e.recovered))
 
-def _make_features(path, model, sae, tok, windows):
-    "Select and test a feature per context."
-    tests, _ = test_contexts(model, sae, tok, windows, _present(windows, tok))
+def _make_features(path, model, sae, tok, windows, say):
+    "Select and test a feature per context; say which contexts the text lacks."
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always', UserWarning)
+        tests, _ = test_contexts(model, sae, tok, windows)
+    for w in said: say(f'[{path.name}] {w.message}')
     write_json(path, [asdict(t) for t in tests])
-    return dict(tokens=windows.n_tokens)
-
-def _present(windows, tok):
-    "The contexts that both halves of a text hold; a corpus of one's own may lack some."
-    half, inside = halves(windows), {c.name: proxy(c.name, windows, tok) > 0 for c in CONTEXTS}
-    return [c for c in CONTEXTS if (inside[c.name] & half).any() and (inside[c.name] & ~half).any()]
+    return dict(tokens=windows.n_tokens, contexts=len(tests))
 
 def _make_samples(path, model, sae, tok, tests):
     "Steer with each tested feature."
-    write_json(path, {t['context']: asdict(steer(model, sae, tok, t['feature'], t['max_act'])) for t in tests})
+    write_json(path, {t['context']: asdict(steer(model, sae, tok, t['feature'], t['max_act']))
+                      for t in tests})
 
 # %% ../nbs/17b_reproduce.ipynb #211dc0a8
 def read_tests(
@@ -194,7 +257,8 @@ def read_tests(
 ) -> list[FeatureTest]: # As `test_contexts` gave them
     "Feature tests read back from JSON."
     names = ('specificity', 'specificity_half', 'specificity_kind', 'r', 'r_neuron', 'difference')
-    return [FeatureTest(**{k: Estimate(*v) if k in names else v for k,v in r.items()}) for r in rows]
+    return [FeatureTest(**{k: Estimate.read(v) if k in names else v for k,v in r.items()})
+            for r in rows]
 
 # %% ../nbs/17b_reproduce.ipynb #9a62ef51
 def markdown_table(
@@ -210,15 +274,22 @@ def report(
     results:dict, # From `reproduce`
 ) -> str: # Markdown
     "The results as a page of text: the dictionary's numbers, the table of features, the samples."
-    e, est = results['evaluation'], lambda v: str(Estimate(*v))
-    lines = [f"# Results of scale {results['scale']['name']}", '',
-             f"A: trained on {results['transformer']['tokens']:,} tokens; {e['ce_clean']:.3f} nats per token on {e['n_tokens']:,} validation tokens.",
-             f"A/1: {results['dictionary']['vectors']:,} vectors, L0 {est(e['l0'])}, FVU {est(e['fvu'])}, loss recovered {est(e['recovered'])} "
-             f"(CE in nats: clean {e['ce_clean']:.3f}, spliced {e['ce_spliced']:.3f}, zero {e['ce_zero']:.3f}, mean {e['ce_mean']:.3f}), "
-             f"dead {e['n_dead']} of {results['scale']['sae']['n_feats']} on {e['n_tokens']:,} tokens.", '',
-             markdown_table(tests_table(read_tests(results['features']))), '']
+    e, scale = results['evaluation'], results['scale']
+    def est(name): return str(Estimate.read(e[name]))
+    def nats(name): return 'none' if e[f'ce_{name}'] is None else f"{e[f'ce_{name}']:.3f}"
+    tests = tests_table(read_tests(results['features']))
+    lines = [
+        f"# Results of scale {scale['name']}", '',
+        f"A: trained on {results['transformer']['tokens']:,} tokens; {nats('clean')} nats per "
+        f"token on {e['n_tokens']:,} validation tokens.",
+        f"A/1: {results['dictionary']['vectors']:,} vectors, L0 {est('l0')}, FVU {est('fvu')}, "
+        f"loss recovered {est('recovered')} (CE in nats: clean {nats('clean')}, spliced "
+        f"{nats('spliced')}, zero {nats('zero')}, mean {nats('mean')}), dead {e['n_dead']} of "
+        f"{scale['sae']['n_feats']} on {e['n_tokens']:,} tokens.", '',
+        markdown_table(tests) if len(tests) else 'No context could be tested on this text.', '']
     for name, s in results['samples'].items():
-        lines += [f'**{name}**, feature A/1/{s["feature"]} pinned at {s["value"]:.1f}', '', f'before: {s["before"]!r}', '', f'after: {s["after"]!r}', '']
+        lines += [f'**{name}**, feature A/1/{s["feature"]} pinned at {s["value"]:.1f}', '',
+                  f'before: {s["before"]!r}', '', f'after: {s["after"]!r}', '']
     return '\n'.join(lines)
 
 # %% ../nbs/17b_reproduce.ipynb #191306ec
@@ -231,9 +302,13 @@ def ship(
     run, assets = Path(run), Path(assets)
     if (assets/'A').is_dir() and not replace_old: return False
     a, a1 = load_artefact(run/'A'), load_artefact(run/'A-1')
-    save_transformer(load_transformer(run/'A', 'cpu'), TransformerConfig.from_dict(a.config), assets/'A', a.run, half=True)
-    save_sae(load_sae(run/'A-1', 'cpu'), assets/'A-1', a1.run, half=True)
-    with replacing(assets/'tokenizer.json') as tmp: tmp.write_bytes((run/'tokenizer.json').read_bytes())
+    shape = TransformerConfig.from_dict(a.config)
+    save_transformer(load_transformer(run/'A', 'cpu'), shape, assets/'A', a.run, half=True)
+    sae, rounded = load_sae(run/'A-1', 'cpu'), load_transformer(assets/'A', 'cpu')
+    origin = at_hook(rounded).origin | dict(trained_on=sae.origin.get('model'))
+    save_sae(sae, assets/'A-1', a1.run | origin, half=True)
+    tokenizer = (run/'tokenizer.json').read_bytes()
+    with replacing(assets/'tokenizer.json') as tmp: tmp.write_bytes(tokenizer)
     return True
 
 # %% ../nbs/17b_reproduce.ipynb #fc9cbc88
@@ -244,7 +319,9 @@ def claims(
 ) -> dict[str, list[dict]]: # Chapter to rows of id, paper, ours, low, high, n, unit, run, note
     "The claims that a run measured, beside the paper's values."
     run, e = f"{results['scale']['name']}, {results['transformer']['tokens']:,} tokens, {results['dictionary']['vectors']:,} vectors", results['evaluation']
-    row = lambda id, paper, v, n, unit, note='': dict(id=id, paper=paper, ours=v[0], low=v[1], high=v[2], n=n, unit=unit, run=run, note=note)
+    def row(id, paper, v, n, unit, note='', **more):
+        return dict(id=id, paper=paper, ours=v[0], low=v[1], high=v[2], n=n, unit=unit, run=run,
+                    note=note, **more)
     n = e['n_tokens']
     out = {'evaluation': [row('S2', '< 20', e['l0'], n, 'features/token', 'L0'), row('S2', .79, e['recovered'], n, 'share', 'loss recovered against zero-ablation'),
                           row('S2', None, e['recovered_mean'], n, 'share', 'loss recovered against mean-ablation'), row('S2', None, e['fvu'], n, 'share', 'FVU'),
@@ -252,10 +329,16 @@ def claims(
                           *(row('S2', None, [e[f'ce_{k}']]*3, n, 'nats/token', f'CE {k}') for k in ('clean', 'spliced', 'zero', 'mean'))],
            'proxies': []}
     for t in results['features']:
-        id, r = _PAPER[t['context']]
-        say = lambda what: f"{t['context']}: {what} A/1/{t['feature']}, neuron {t['neuron']}, {t['n_docs']} documents"
-        out['proxies'] += [row(id, r, t['r'], t['n_tokens'], 'r', say('feature')), row(id, None, t['r_neuron'], t['n_tokens'], 'r', say('best neuron')),
-                           row(id, None, t['difference'], t['n_tokens'], 'r', say('difference')),
-                           row(id, .98 if t['context'] == 'arabic' else None, t['specificity_half'], t['n_tokens'], 'share', say('specificity above half the maximum'))]
-    out['steering'] = [dict(id='F6', context=c, run=run, **s) for c,s in results['samples'].items()]
+        id, paper = _PAPER[t['context']]
+        of = {k: t[k] for k in ('context', 'feature', 'neuron')}
+        who = f"A/1/{t['feature']}, neuron {t['neuron']}, {t['n_docs']} documents"
+        for p, value, unit, what in (
+                (paper, t['r'], 'r', 'feature'), (None, t['r_neuron'], 'r', 'best neuron'),
+                (None, t['difference'], 'r', 'difference'),
+                (.98 if t['context'] == 'arabic' else None, t['specificity_half'], 'share',
+                 'specificity above half the maximum')):
+            out['proxies'].append(row(id, p, value, t['n_tokens'], unit,
+                                      f"{t['context']}: {what} {who}", **of))
+    out['steering'] = [dict(id='F6', context=c, run=run, **s)
+                       for c,s in results['samples'].items()]
     return out

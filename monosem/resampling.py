@@ -11,6 +11,7 @@ __all__ = ['resample_dead', 'ResampleConfig', 'Resampler']
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -27,35 +28,60 @@ def resample_dead(
     dead:Bool[Tensor, 'n_feats'], # Which features to replace
     gen:torch.Generator, # Of the draws
     scale:float=.2, # Encoder norm relative to the alive mean
-) -> int: # How many were replaced
+) -> int: # How many were replaced: all dead ones, or 0 if no input has a loss and a direction
     "Give dead features new directions, drawn from inputs with probability proportional to loss squared."
     n = int(dead.sum())
     if n == 0: return 0
     check(len(x) > 0, 'no input to resample from', 'at least one', 'pass a larger pool')
-    f = sae.encode(x)
-    loss = (x-sae.decode(f)).square().sum(-1) + sae.cfg.l1*f.sum(-1)
-    chosen = torch.multinomial(loss.double().square().cpu(), n, replacement=n > len(x), generator=gen).to(x.device)
-    rows = torch.nn.functional.normalize(x[chosen]-sae.b_dec, dim=-1)
-    alive = sae.W_enc[:, ~dead].norm(dim=0).mean() if (~dead).any() else sae.W_enc.norm(dim=0).mean()
+    weight = _weights(sae, x)
+    fit = int((weight > 0).sum())
+    if fit == 0: return 0
+    chosen = torch.multinomial(weight, n, replacement=n > fit, generator=gen).to(x.device)
+    rows = F.normalize(x[chosen]-sae.b_dec, dim=-1)
+    alive = sae.W_enc[:, ~dead if (~dead).any() else dead].norm(dim=0).mean()
     sae.W_dec[dead], sae.W_enc[:, dead], sae.b_enc[dead] = rows, scale*alive*rows.T, 0.
-    for p, where in ((sae.W_dec, (dead,)), (sae.W_enc, (slice(None), dead)), (sae.b_enc, (dead,))):
-        for moment in ('exp_avg', 'exp_avg_sq'):
-            if moment in opt.state.get(p, {}): opt.state[p][moment][where] = 0.
+    everything = slice(None)
+    for p, where in ((sae.W_dec, (dead,)), (sae.W_enc, (everything, dead)), (sae.b_enc, (dead,))):
+        for moment in opt.state.get(p, {}).values():
+            if isinstance(moment, Tensor) and moment.shape == p.shape: moment[where] = 0.
     return n
+
+def _loss(sae:SAE, x:Tensor) -> Tensor:
+    "Loss of each input, with the coefficient that the dictionary is for."
+    f = sae.encode(x)
+    return (x-sae.decode(f)).square().sum(-1) + sae.cfg.l1*f.sum(-1)
+
+def _weights(sae:SAE, x:Tensor) -> Tensor:
+    "Loss squared of each input, 0 for one without a direction; float64 on the CPU."
+    loss = torch.cat([_loss(sae, rows) for rows in x.split(4096)])
+    check(bool(loss.isfinite().all()), 'inputs with a loss that is not finite', 'finite losses',
+          'look for NaN or infinity in the inputs and the weights')
+    has_direction = (x-sae.b_dec).norm(dim=-1) > 1e-12  # what `normalize` brings to norm 1
+    return (loss*has_direction).cpu().double().square()
+
 
 # %% ../nbs/07a_resampling.ipynb #86f01d99
 @dataclass(frozen=True)
 class ResampleConfig(Config):
-    "When dead features are replaced; the defaults are the paper's (Bricken et al. 2023, *Neuron Resampling*)."
-    at: tuple = (.025, .05, .075, .1) # Shares of the run at which to resample
-    window: int = 102_400_000   # Vectors without firing that make a feature dead
-    pool: int = 819_200         # Recent inputs to draw from
+    "When dead features are replaced; the defaults are for runs of minutes."
+    at: tuple = (.15, .3, .45, .6) # Shares of the run at which to resample
+    window: int = 100_000       # Vectors without firing, or more, that make a feature dead
+    pool: int = 40_960          # Recent inputs to draw from
     scale: float = .2           # Encoder norm relative to the alive mean
     seed: int = 0               # Of the draws
 
+    @classmethod
+    def paper(cls,
+        **other, # Fields to set otherwise
+    ) -> 'ResampleConfig': # For runs of a million steps
+        "The schedule of Bricken et al. 2023, *Neuron Resampling*."
+        recipe = dict(at=(.025, .05, .075, .1), window=102_400_000, pool=819_200)
+        return cls(**recipe | other)
+
     def __post_init__(self):
         check(all(0 < a < 1 for a in self.at), f'at={self.at}', 'shares of the run between 0 and 1', 'change them')
-        check(self.window > 0 and self.pool > 0, f'window={self.window}, pool={self.pool}', 'positive numbers of vectors', 'raise them')
+        check(self.window > 0 and 0 < self.pool <= 2**24, f'window={self.window}, pool={self.pool}',
+              'positive numbers of vectors, at most 2^24 in the pool', 'change them')
 
 # %% ../nbs/07a_resampling.ipynb #10a8f495
 class Resampler:
@@ -68,26 +94,58 @@ class Resampler:
     def __call__(self,
         state:TrainState, # What the loop shows after each step
     ) -> None:
-        "Keep recent batches before a scheduled step, resample at it."
+        "Keep recent inputs up to the last scheduled step, resample at each."
         steps = [round(a*state.n_steps) for a in self.cfg.at]
-        if state.step == 1: self._enough(min(steps, default=0), len(state.x))
-        if any(0 <= (s-state.step)*len(state.x) < self.cfg.pool for s in steps): self.recent.append(state.x)
+        if state.step == 1: self.possible(state.n_steps, len(state.x))
+        if state.step > max(steps, default=0): return
+        self._keep(state.x)
         if state.step not in steps: return
         dead = state.silent >= self.cfg.window
-        n = resample_dead(state.sae, state.opt, torch.cat([x.to(state.x.device) for x in self.recent])[-self.cfg.pool:], dead, self.gen, self.cfg.scale)
-        state.silent[dead], self.recent, state.rewarm_from = 0, [], state.step
+        n = resample_dead(state.sae, state.opt, self._pool(), dead, self.gen, self.cfg.scale)
+        if n: state.silent[dead] = 0
+        state.rewarm_from = state.step
         self.history.append(dict(step=state.step, resampled=n))
+        if state.step == max(steps): self.recent = []
 
-    def _enough(self, first:int, batch:int) -> None:
-        "Refuse a schedule that resamples before there is enough to draw from."
-        check(not self.cfg.at or first*batch >= self.cfg.pool, f'the first resampling after {first*batch:,} vectors, of which {self.cfg.pool:,} are to be considered', 'a pool that is there by then', 'lower `pool`, resample later (`at`), or train on more')
+    def possible(self,
+        n_steps:int, # Of the run
+        batch:int, # Vectors per step
+    ) -> None:
+        "Refuse a schedule that repeats a step, leaves no step after it or has too few inputs."
+        at, pool = self.cfg.at, self.cfg.pool
+        steps = [round(a*n_steps) for a in at]
+        check(len(set(steps)) == len(steps) and all(0 < s < n_steps for s in steps),
+              f'at={at}, which of {n_steps:,} steps are the steps {steps}',
+              'different steps between 1 and the last but one',
+              'change `at`, or train for more steps')
+        first = min(steps, default=n_steps)*batch
+        check(not steps or first >= pool,
+              f'the first resampling after {first:,} vectors, of which {pool:,} are to be considered',
+              'a pool that is there by then',
+              'lower `pool`, resample later (`at`), or train on more')
+
+    def _keep(self, x:Tensor) -> None:
+        "Add a batch, and drop the oldest ones that the pool does not need."
+        self.recent.append(x)
+        spare = sum(map(len, self.recent))-self.cfg.pool
+        while len(self.recent[0]) <= spare: spare -= len(self.recent.pop(0))
+
+    def _pool(self) -> Tensor:
+        "The newest inputs, `pool` of them; all on the device of the newest."
+        device = self.recent[-1].device
+        return torch.cat([x.to(device) for x in self.recent])[-self.cfg.pool:]
 
     def state_dict(self) -> dict: # Arrays and JSON values
         "What a checkpoint keeps."
-        kept = torch.cat(self.recent).cpu() if self.recent else torch.empty(0)
-        return dict(gen=self.gen.get_state(), recent=kept, sizes=[len(x) for x in self.recent], history=self.history)
+        kept = torch.cat([x.cpu() for x in self.recent]) if self.recent else torch.empty(0)
+        return dict(gen=self.gen.get_state(), recent=kept, sizes=[len(x) for x in self.recent],
+                    history=list(self.history))
 
-    def load_state_dict(self, d:dict) -> None:
+    def load_state_dict(self,
+        d:dict, # From `state_dict`
+    ) -> None:
         "Go on from what a checkpoint kept."
         self.gen.set_state(d['gen'])
-        self.recent, self.history = list(d['recent'].split(d['sizes'])) if d['sizes'] else [], d['history']
+        self.recent = list(d['recent'].split(d['sizes'])) if d['sizes'] else []
+        self.history = list(d['history'])
+

@@ -6,7 +6,7 @@ Docs: https://monosem.github.io/monosem/sae.html.md"""
 
 # %% auto #0
 __all__ = ['SAEConfig', 'SAE', 'SAELoss', 'sae_loss', 'l1_from_mean_mse', 'remove_parallel_gradient', 'normalize_decoder',
-           'geometric_median', 'save_sae', 'load_sae']
+           'geometric_median', 'fold_decoder_norms', 'save_sae', 'load_sae']
 
 # %% ../nbs/06_sae.ipynb #d16e5c73
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .core import Config, check, load_artefact, make_generator, pick_device, save_artefact
+from .core import (Config, check, load_artefact, make_generator, pick_device,
+                          run_record, save_artefact)
 
 # %% ../nbs/06_sae.ipynb #a6a9724e
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class SAEConfig(Config):
     "Shape of a sparse autoencoder and its sparsity coefficient (Bricken et al. 2023, *Sparse Autoencoder Setup*)."
     d_in: int = 512     # Width of the activations
     n_feats: int = 4096 # Dictionary elements
-    l1: float = 1.      # Weight of the L1 term, see `sae_loss` for its unit
+    l1: float = 2.5     # Weight of the L1 term, see `sae_loss` for its unit; this suits A's neurons
     seed: int = 0       # Of the initial weights
-    start: str = 'random' # Of the encoder: 'random' as in the paper, or 'transposed', a tenth of the decoder's transpose
+    start: str = 'transposed' # Of the encoder: a tenth of the decoder's transpose, or 'random' as in the paper
 
     def __post_init__(self):
         check(self.d_in > 0 and self.n_feats > 0, f'd_in={self.d_in}, n_feats={self.n_feats}', 'positive integers', 'choose at least 1 feature')
@@ -50,6 +51,7 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(F.normalize(torch.randn(cfg.n_feats, cfg.d_in, generator=gen), dim=-1))
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
         if cfg.start == 'transposed': self.W_enc.data.copy_(.1*self.W_dec.data.T)
+        self.origin = {}  # model, hook and tokenizer it was trained on, where known
 
     def encode(self,
         x:Float[Tensor, '... d_in'], # Activations
@@ -58,7 +60,7 @@ class SAE(nn.Module):
         if x.shape[-1] != self.cfg.d_in:
             raise ValueError(f'got activations of width {x.shape[-1]}; expected {self.cfg.d_in}; harvest the hook point the dictionary was trained on.')
         pre = torch.addmm(self.b_enc - self.b_dec@self.W_enc, x.reshape(-1, self.cfg.d_in), self.W_enc)
-        return F.relu(pre).view(*x.shape[:-1], -1)
+        return F.relu(pre).view(*x.shape[:-1], self.cfg.n_feats)
 
     def decode(self,
         f:Float[Tensor, '... n_feats'], # Feature activations
@@ -125,39 +127,69 @@ def geometric_median(
     tol:float=1e-5, # Stop when the step is this small relative to the spread
     max_steps:int=200, # Give up after this many
 ) -> Float[Tensor, 'd_in']: # The point minimising the sum of distances
-    "The geometric median by Weiszfeld's iteration."
+    "The geometric median by Weiszfeld's iteration (Vardi & Zhang 2000 where it meets a point)."
     check(len(x) > 0, 'no point', 'at least one', 'pass activations')
     m, spread = x.mean(0), x.std().item() if x.numel() > 1 else 1.
     for _ in range(max_steps):
-        w = 1/(x-m).norm(dim=-1).clamp_min(1e-8)
+        away = x-m
+        distance = away.norm(dim=-1)
+        far = distance > tol*spread
+        w = torch.where(far, 1/distance, 0.)
+        held, pull = (~far).sum(), (w[:, None]*away).sum(0).norm()
+        if held >= pull: return m
         new = (w[:, None]*x).sum(0)/w.sum()
+        new += held/pull*(m-new)
         if (new-m).norm() <= tol*spread: return new
         m = new
     return m
+
+
+# %% ../nbs/06_sae.ipynb #f01dde01
+@torch.no_grad()
+def fold_decoder_norms(
+    sae:SAE, # Finite weights, decoder rows of any length; changed in place
+) -> None:
+    "Move the decoder rows' norms into the encoder: rows of norm 1, the same reconstruction."
+    norms = sae.W_dec.norm(dim=-1)
+    for name, p in [*sae.named_parameters(), ("W_dec's norms", norms)]:
+        check(bool(p.isfinite().all()), f'{name} with NaN or infinity', 'finite weights',
+              'look at where the dictionary comes from')
+    nothing = norms == 0  # such a feature writes nothing: it is switched off, its row any unit vector
+    sae.W_dec[nothing, 0] = 1.
+    sae.W_dec.div_(torch.where(nothing, 1., norms)[:, None])
+    sae.W_enc.mul_(norms)
+    sae.b_enc.mul_(norms)
+
 
 # %% ../nbs/06_sae.ipynb #8018cf01
 def save_sae(
     sae:SAE, # The dictionary
     folder:str|Path, # Where to
-    run:dict|None=None, # How it came about
+    run:dict|None=None, # How it came about; `sae.origin` is added
     half:bool=False, # In half precision
 ) -> Path: # The folder
     "Save a dictionary as an artefact."
+    run = sae.origin | (run or run_record())
     return save_artefact(folder, dict(sae.named_parameters()), sae.cfg.to_dict(), run, half)
+
 
 # %% ../nbs/06_sae.ipynb #838a909e
 def load_sae(
     name:str|Path='A/1', # `A/1` (shipped), or an artefact folder
-    device:str|None=None, # See `pick_device`
-) -> SAE: # The dictionary
+    device:str|torch.device|None=None, # See `pick_device`
+) -> SAE: # The dictionary, with decoder rows of norm 1
     "Load a dictionary: a shipped one by name or any artefact folder."
     shipped = Path(str(files('monosem')/'assets'/str(name).replace('/', '-')))
     folder = shipped if shipped.is_dir() else Path(name)
-    check(folder.is_dir(), f'the dictionary {str(name)!r}', "'A/1' or an artefact folder", 'check the spelling, or run `make run`', FileNotFoundError)
+    check(folder.is_dir(), f'the dictionary {str(name)!r}', "'A/1' or an artefact folder",
+          'check the spelling, or run `make run`', FileNotFoundError)
     art = load_artefact(folder)
     sae = SAE(SAEConfig.from_dict(art.config))
-    if bad := [k for k,p in sae.named_parameters() if k not in art.tensors or art.tensors[k].shape != p.shape]:
+    if bad := [k for k,p in sae.named_parameters()
+               if k not in art.tensors or art.tensors[k].shape != p.shape]:
         raise ValueError(f'{folder} lacks or misshapes {bad}; expected the tensors of {sae}; save it again.')
     sae.load_state_dict({k: art.tensors[k] for k,_ in sae.named_parameters()})
-    normalize_decoder(sae)
+    fold_decoder_norms(sae)
+    sae.origin = {k: art.run[k] for k in ('model', 'hook', 'tokenizer') if k in art.run}
     return sae.to(pick_device(device))
+

@@ -19,19 +19,21 @@ from torch import Tensor
 
 from .core import check
 from .features import restrict
+from .hooked import fitting, sample
 from .sae import SAE
-from .transformer import sample
 
 # %% ../nbs/14_steering.ipynb #bfe554fa
 def pin(
     sae:SAE, # The dictionary
     feature:int, # Which feature
     value:float, # Activation to hold it at, >= 0; 0 ablates it
-) -> Callable[[Tensor], Tensor]: # An edit of the neurons (..., d_in), see `final_resid`
+) -> Callable[[Tensor], Tensor]: # An edit of the activations (..., d_in), see `at_hook`
     "An edit that holds one feature at a value and leaves the rest of the activation as it is."
-    check(0 <= feature < sae.cfg.n_feats, f'feature {feature}', f'0 to {sae.cfg.n_feats-1}', 'choose another')
-    check(value >= 0, f'value={value}', 'an activation >= 0', 'use 0 to ablate the feature')
-    one = restrict(sae, [feature])
+    check(0 <= feature < sae.cfg.n_feats, f'feature {feature}', f'0 to {sae.cfg.n_feats-1}',
+          'choose another')
+    check(0 <= value < float('inf'), f'value={value}', 'a finite activation >= 0',
+          'use 0 to ablate the feature')
+    one = restrict(sae, [feature]).requires_grad_(False)
     return lambda x: x + (value-one.encode(x))*one.W_dec[0]
 
 # %% ../nbs/14_steering.ipynb #216c4f41
@@ -47,8 +49,8 @@ class Steered:
 
 # %% ../nbs/14_steering.ipynb #97a99158
 def steer(
-    model, # A one-layer transformer
-    sae:SAE, # Its dictionary
+    model, # A model of `build_transformer`, or any from `at_hook`
+    sae:SAE, # A dictionary of its activations
     tok:Tokenizer, # Its tokenizer
     feature:int, # Which feature
     value:float, # Activation to hold it at
@@ -58,7 +60,8 @@ def steer(
     seed:int=0, # Same draws before and after
 ) -> Steered: # Both continuations
     "Continue a prompt with and without a pinned feature."
-    texts = [sample(model, tok, prompt, n_tokens, temperature, seed, edit) for edit in (None, pin(sae, feature, value))]
+    at, edits = fitting(model, sae, tok=tok), (None, pin(sae, feature, value))
+    texts = [sample(at, tok, prompt, n_tokens, temperature, seed, e) for e in edits]
     return Steered(feature, value, *texts)
 
 # %% ../nbs/14_steering.ipynb #0464bd6d

@@ -43,7 +43,7 @@ def _probabilities(density, width:int, what:str) -> Tensor:
 class Sparse:
     "Independent features, each active with its own probability and then uniform in [0, 1] (Elhage et al. 2022, *The Feature Vector*)."
     def __init__(self,
-        density, # Probability 1 - S of being active: a number, (n_inst,) or (n_inst, n_feats)
+        density, # Probability p of being active: a number, (n_inst,) or (n_inst, n_feats)
         n_feats:int, # Features n
     ):
         self.density = _probabilities(density, n_feats, 'feats')
@@ -388,7 +388,7 @@ def superposition_bars(
     fig = go.Figure([go.Bar(x=names, y=norm[:, j], customdata=shared[:, j], marker=dict(color=sample_colorscale('Viridis', shared[:, j].clip(0, 1).tolist()), line=dict(width=[.3*(v > .05) for v in norm[:, j]], color='#7a7a7a')),
                             hovertemplate=f'feature {j}: norm %{{y:.2f}}, interference %{{customdata:.2f}}<extra></extra>') for j in range(model.cfg.n_feats)])
     fig.add_scatter(x=[names[0]], y=[0], mode='markers', marker=dict(size=.1, color=[0], colorscale='Viridis', cmin=0, cmax=1, showscale=True, colorbar=dict(title='shared', thickness=10)), hoverinfo='skip')
-    return fig.update_layout(title=_title(title), barmode='stack', showlegend=False, height=420, xaxis=dict(title='density 1 − S', type='category'), yaxis_title='norms, stacked')
+    return fig.update_layout(title=_title(title), barmode='stack', showlegend=False, height=420, xaxis=dict(title='density p', type='category'), yaxis_title='norms, stacked')
 
 # %% ../nbs/02_toy_models.ipynb #fd920c66
 def _portrait(model:ToyModel) -> list:
@@ -422,7 +422,7 @@ def explore(
     if len(one) > 1:
         fig.frames = [go.Frame(data=_portrait(model), name=names[i], layout=dict(title=title(i))) for i,model in enumerate(one)]
         step = lambda i: dict(label=names[i], method='animate', args=[[names[i]], dict(mode='immediate', frame=dict(duration=0, redraw=True), transition=dict(duration=0))])
-        fig.update_layout(sliders=[dict(active=0, currentvalue=dict(prefix='density 1 − S: '), pad=dict(t=60), steps=[step(i) for i in range(len(one))])])
+        fig.update_layout(sliders=[dict(active=0, currentvalue=dict(prefix='density p: '), pad=dict(t=60), steps=[step(i) for i in range(len(one))])])
     fig.update_yaxes(autorange='reversed', title='feature, by importance', col=1).update_yaxes(autorange='reversed', showticklabels=False, ticks='', col=2)
     return fig.update_layout(title=title(0), height=500, xaxis=dict(title='feature'), xaxis2=dict(title='norm', range=[0, 1.3]))
 

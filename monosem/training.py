@@ -12,43 +12,54 @@ __all__ = ['SAETrainConfig', 'ramp', 'step', 'TrainState', 'pack_state', 'unpack
 import os, time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from safetensors.torch import save_file
 from torch import Tensor
 
-from safetensors.torch import save_file
-
+from .activations import as_stream
 from .checkpoints import Checkpoints, StopSignals, pack_weights, unpack_weights
 from .core import Config, check, progress, replacing
 from .kernels import DensitySwitch, dense_gradients
-from .parallel import SharedGradients, agree, any_process, n_processes, process_number
-from .sae import SAE, SAEConfig, geometric_median, normalize_decoder, remove_parallel_gradient
+from .parallel import (SharedGradients, agree, any_process, n_processes,
+                              process_number)
+from .sae import (SAE, SAEConfig, geometric_median, normalize_decoder,
+                         remove_parallel_gradient)
 
 # %% ../nbs/07_training.ipynb #56d9d92c
 @dataclass(frozen=True)
 class SAETrainConfig(Config):
-    "How a dictionary is trained."
-    lr: float = 1e-3        # Adam's learning rate at its highest; the paper does not state it
+    "How a dictionary is trained; the defaults are for runs of minutes."
+    lr: float = 2e-3        # Adam's learning rate at its highest; the paper does not state it
     betas: tuple = (.9, .999) # Of Adam's running means
-    warmup: float = 0.      # Share of steps with rising learning rate
-    decay: float = 0.       # Share of steps, at the end, with falling learning rate
+    warmup: float = .02     # Share of steps with rising learning rate
+    decay: float = .2       # Share of steps, at the end, with falling learning rate
     rewarm: float = 0.      # Share of steps with rising learning rate after each resampling
-    l1_warmup: float = 0.   # Share of steps with rising L1 coefficient
-    clip: float = 0.        # Longest gradient, all parameters together; longer ones are scaled down to it; 0 for any length, as in the paper
+    l1_warmup: float = .1   # Share of steps with rising L1 coefficient
+    clip: float = 1.        # Longest gradient, all parameters together; longer ones are scaled down to it; 0 for any length
     log_every: int = 20     # Steps between rows of the log
     dead_window: int = 100_000 # In the log, a feature is dead when it fired for none of this many vectors
 
+    @classmethod
+    def paper(cls,
+        **other, # Fields to set otherwise
+    ) -> 'SAETrainConfig': # Constant rate and coefficient, gradients of any length
+        "The recipe of Bricken et al. 2023, for a million steps."
+        recipe = dict(lr=1e-3, warmup=0., decay=0., l1_warmup=0., clip=0.)
+        return cls(**recipe | other)
+
     def __post_init__(self):
         check(self.lr > 0, f'lr={self.lr}', 'a positive rate', 'raise it')
-        check(self.dead_window > 0 and self.log_every > 0, f'dead_window={self.dead_window}, log_every={self.log_every}', 'positive numbers', 'raise them')
+        check(self.dead_window > 0 and self.log_every > 0,
+              f'dead_window={self.dead_window}, log_every={self.log_every}',
+              'positive numbers', 'raise them')
         check(self.clip >= 0, f'clip={self.clip}', 'a length >= 0', 'use 0 for no clipping')
         for k in ('warmup', 'decay', 'rewarm', 'l1_warmup'):
-            check(0 <= getattr(self, k) <= 1, f'{k}={getattr(self, k)}', 'a share of the steps in [0, 1]', 'change it')
+            check(0 <= getattr(self, k) <= 1, f'{k}={getattr(self, k)}',
+                  'a share of the steps in [0, 1]', 'change it')
 
 # %% ../nbs/07_training.ipynb #faf3f0f1
 def ramp(
@@ -95,48 +106,66 @@ class TrainState:
         gradients:Callable|None=None, # How gradients are computed; a `DensitySwitch` by default
         device:str|torch.device='cpu', # Where to train
     ):
-        self.cfg, self.n_steps, self.callbacks, self.gradients = cfg, n_steps, list(callbacks), gradients or DensitySwitch()
-        self.sae = SAE(sae_cfg).to(device)                            # the dictionary
-        self.opt = torch.optim.Adam(self.sae.parameters(), lr=cfg.lr, betas=cfg.betas, fused=True)
-        self.step, self.vectors, self.x, self.log = 0, 0, None, []    # steps done, vectors seen, the batch just used, rows so far
-        self.silent = torch.zeros(sae_cfg.n_feats, dtype=torch.long, device=device) # (n_feats,) vectors since each feature fired
-        self.density = torch.zeros(sae_cfg.n_feats, device=device)    # (n_feats,) share of vectors it fires on, mean over some 100 steps
-        self.rewarm_from = None                                       # step of the last resampling
+        self.cfg, self.n_steps, self.callbacks = cfg, n_steps, list(callbacks)
+        self.gradients = gradients or DensitySwitch()
+        self.sae = SAE(sae_cfg).to(device)   # the dictionary
+        self.opt = torch.optim.Adam(self.sae.parameters(), lr=cfg.lr, betas=cfg.betas,
+                                    fused=True)
+        self.step, self.vectors = 0, 0       # steps done, vectors seen
+        self.x, self.log = None, []          # the batch just used, rows so far
+        n = sae_cfg.n_feats
+        self.silent = torch.zeros(n, dtype=torch.long, device=device) # (n_feats,) vectors since each feature fired
+        self.density = torch.zeros(n, device=device) # (n_feats,) share of vectors it fires on, mean over some 100 steps
+        self.rewarm_from = None              # step of the last resampling
 
     @property
     def metrics(self) -> pd.DataFrame: # step, vectors, total, mse, l1, l0, fvu, dead
         "The log so far."
-        return pd.DataFrame(self.log)
+        return pd.DataFrame(self.log).astype(dict(fvu=float) if self.log else {})
 
     def __call__(self, x:Float[Tensor, 'batch d_in']) -> None:
         "Train on one batch."
         i, cfg = self.step, self.cfg
         if i == 0: _start_bias(self.sae, x)
-        rate = cfg.lr*ramp(i, self.n_steps, cfg.warmup, cfg.decay)
-        if self.rewarm_from is not None and cfg.rewarm: rate *= ramp(i-self.rewarm_from, self.n_steps, cfg.rewarm)
-        for g in self.opt.param_groups: g['lr'] = rate
-        parts, fired = step(self.sae, self.opt, x, self.sae.cfg.l1*ramp(i, self.n_steps, cfg.l1_warmup), self.gradients, cfg.clip)
+        for g in self.opt.param_groups: g['lr'] = self._rate(i)
+        l1 = self.sae.cfg.l1*ramp(i, self.n_steps, cfg.l1_warmup)
+        parts, fired = step(self.sae, self.opt, x, l1, self.gradients, cfg.clip)
         self.step, self.vectors, self.x = i+1, self.vectors+len(x), x
         self.silent.add_(len(x)).masked_fill_(fired > 0, 0)
         self.density.lerp_(fired/len(x), max(.01, 1/self.step))
-        if i % cfg.log_every == 0 or self.step == self.n_steps:
-            variance = (x-x.mean(0)).square().sum(-1).mean().item()
-            self.log.append(dict(step=self.step, vectors=self.vectors, **parts, fvu=parts['mse']/variance, dead=int((self.silent >= cfg.dead_window).sum())))
+        if i % cfg.log_every == 0 or self.step == self.n_steps: self._note(parts, x)
         for call in self.callbacks: call(self)
+
+    def _rate(self, i:int) -> float:
+        "Learning rate of a step."
+        cfg, since = self.cfg, self.rewarm_from
+        rate = cfg.lr*ramp(i, self.n_steps, cfg.warmup, cfg.decay)
+        if since is None or not cfg.rewarm: return rate
+        return rate*ramp(i-since, self.n_steps, cfg.rewarm)
+
+    def _note(self, parts:dict, x:Tensor) -> None:
+        "A row of the log; FVU is NaN where the batch does not vary."
+        size, spread = (v.square().sum(-1).mean().item() for v in (x, x-x.mean(0)))
+        fvu = parts['mse']/spread if spread > 1e-10*size else float('nan')
+        dead = int((self.silent >= self.cfg.dead_window).sum())
+        self.log.append(dict(step=self.step, vectors=self.vectors, **parts, fvu=fvu, dead=dead))
 
 # %% ../nbs/07_training.ipynb #b1e2c3cf
 def _parts(s:TrainState) -> dict[str, Any]:
     "What has a state of its own: callbacks, and a way to compute gradients that remembers."
-    return {k: c for k,c in (('gradients', s.gradients), *((f'callback{i}', c) for i,c in enumerate(s.callbacks))) if hasattr(c, 'state_dict')}
+    named = {'gradients': s.gradients} | {f'callback{i}': c for i,c in enumerate(s.callbacks)}
+    return {k: c for k,c in named.items() if hasattr(c, 'state_dict')}
 
 def pack_state(
     s:TrainState, # A run
 ) -> tuple[dict[str, Tensor], dict]: # Arrays, and the rest, JSON-ready
     "Everything that the next step depends on."
-    tensors = dict(silent=s.silent, density=s.density) | pack_weights(s.sae.named_parameters(), s.opt)
+    tensors = dict(silent=s.silent, density=s.density)
+    tensors |= pack_weights(s.sae.named_parameters(), s.opt)
     meta = dict(step=s.step, vectors=s.vectors, log=s.log, rewarm_from=s.rewarm_from)
     for name, part in _parts(s).items():
-        for k,v in part.state_dict().items(): (tensors if isinstance(v, Tensor) else meta)[f'{name}.{k}'] = v
+        for k,v in part.state_dict().items():
+            (tensors if isinstance(v, Tensor) else meta)[f'{name}.{k}'] = v
     return tensors, meta
 
 @torch.no_grad()
@@ -146,12 +175,15 @@ def unpack_state(
     meta:dict, # From `pack_state`
 ) -> None:
     "Put a run back to where it was."
-    s.step, s.vectors, s.log, s.rewarm_from = (meta[k] for k in ('step', 'vectors', 'log', 'rewarm_from'))
+    s.step, s.vectors, s.rewarm_from = meta['step'], meta['vectors'], meta['rewarm_from']
+    s.log = [{k: float('nan') if v is None else v for k,v in row.items()}
+             for row in meta['log']]
     s.silent.copy_(tensors['silent'])
     s.density.copy_(tensors['density'])
     unpack_weights(s.sae.named_parameters(), s.opt, tensors)
     for name, part in _parts(s).items():
-        part.load_state_dict({k.removeprefix(f'{name}.'): v for k,v in (tensors | meta).items() if k.startswith(f'{name}.')})
+        part.load_state_dict({k.removeprefix(f'{name}.'): v
+                              for k,v in (tensors | meta).items() if k.startswith(f'{name}.')})
 
 # %% ../nbs/07_training.ipynb #bb3fc3b7
 class TrainedSAE(NamedTuple):
@@ -162,7 +194,7 @@ class TrainedSAE(NamedTuple):
 
 # %% ../nbs/07_training.ipynb #4fe803f6
 def train_saes(
-    batches:Iterable[Tensor], # Activation batches (batch, d_in), with a length; see `ActivationStream`
+    batches:Any, # Activations: a stream, an array (n, d_in), a list of batches (batch, d_in), a DataLoader; see `as_stream`
     sae_cfgs:Sequence[SAEConfig], # A dictionary each
     cfg:SAETrainConfig=SAETrainConfig(), # Schedules
     callbacks:Callable[[], Iterable]=list, # Makes the callbacks of one dictionary
@@ -172,33 +204,32 @@ def train_saes(
     gradients:Callable[[], Callable]=DensitySwitch, # Makes the way to compute gradients of one dictionary
 ) -> list[TrainedSAE]: # The dictionaries and their logs
     "Train sparse autoencoders on every batch once; with `checkpoints`, go on from the last one."
-    check(hasattr(batches, '__len__') and len(batches) > 0, f'{type(batches).__name__} without a length or without batches', 'a list of batches, or a stream', 'wrap an iterator in list(), or use ActivationStream')
+    stream, ways = as_stream(batches), [gradients() for _ in sae_cfgs]
     share = SharedGradients if n_processes() > 1 else lambda g: g
-    ways = [gradients() for _ in sae_cfgs]
-    runs = [TrainState(c, cfg, len(batches), callbacks(), share(g), device) for c,g in zip(sae_cfgs, ways)]
-    settings = dict(dictionaries=[c.to_dict() for c in sae_cfgs], training=cfg.to_dict(), n_batches=len(batches), data=batches.settings() if hasattr(batches, 'settings') else None,
-                    callbacks=[[type(c).__name__, c.cfg.to_dict() if hasattr(c, 'cfg') else None] for c in runs[0].callbacks],
-                    gradients=[getattr(ways[0], '__name__', type(ways[0]).__name__), ways[0].settings() if hasattr(ways[0], 'settings') else None])
+    runs = [TrainState(c, cfg, len(stream), callbacks(), share(g), device)
+            for c,g in zip(sae_cfgs, ways)]
+    for r in runs: r.sae.origin = dict(stream.origin)
+    settings = None
+    if checkpoints or n_processes() > 1: settings = _settings(stream, runs, ways[0])
     agree(settings, device)
-    before = _go_on(checkpoints, settings, runs)
-    start, begin, main = time.time(), runs[0].step, process_number() == 0
-    elapsed = lambda: before+time.time()-start
-    with StopSignals() if checkpoints else nullcontext() as stop, progress(len(batches)*getattr(batches, 'batch', 1), desc, 'vec', disable=not main) as bar:
-        bar.update(begin*getattr(batches, 'batch', 1))
-        for i,x in enumerate(_from(batches, begin), begin):
-            x = x.to(device)
-            if i == begin: agree(dict(first_batch=f'{x.double().sum():.6g}'), device)
+    session = _Session(stream, runs, checkpoints, settings, device)
+    main, stopping = process_number() == 0, StopSignals() if checkpoints else nullcontext()
+    with stopping as stop, progress(stream.n_vectors, desc, 'vec', disable=not main) as bar:
+        bar.update(runs[0].vectors)
+        for i,x in session.batches():
             try:
                 for r in runs: r(x)
             except FloatingPointError as e: raise _not_finite(e, x, i, checkpoints) from e
             if i % cfg.log_every == 0: _show(bar, runs)
-            bar.update(len(x) if hasattr(batches, 'batch') else 1)
-            if checkpoints: _keep(checkpoints, stop, settings, runs, elapsed(), device)
-    return [TrainedSAE(r.sae.eval().requires_grad_(False), r.metrics, elapsed()) for r in runs]
+            bar.update(len(x))
+            if checkpoints: session.keep_if_due(stop)
+    if checkpoints: session.keep()
+    return [TrainedSAE(r.sae.eval().requires_grad_(False), r.metrics, session.seconds())
+            for r in runs]
 
 # %% ../nbs/07_training.ipynb #b1012f73
 def train_sae(
-    batches:Iterable[Tensor], # Activation batches (batch, d_in), with a length; see `ActivationStream`
+    batches:Any, # Activations, see `train_saes`
     sae_cfg:SAEConfig, # Shape, coefficient, seed
     cfg:SAETrainConfig=SAETrainConfig(), # Schedules
     callbacks:Iterable[Callable[[TrainState], Any]]=(), # Called after each step
@@ -208,49 +239,105 @@ def train_sae(
     gradients:Callable[[], Callable]=DensitySwitch, # Makes the way to compute gradients
 ) -> TrainedSAE: # The dictionary and its log
     "Train one sparse autoencoder on every batch once."
-    return train_saes(batches, [sae_cfg], cfg, lambda: callbacks, device, desc, checkpoints, gradients)[0]
+    return train_saes(batches, [sae_cfg], cfg, lambda: callbacks, device, desc, checkpoints,
+                      gradients)[0]
 
 # %% ../nbs/07_training.ipynb #1cf78b14
-def _from(batches:Iterable[Tensor], start:int) -> Iterator[Tensor]:
-    "The batches from number `start` on."
-    return batches.batches(start) if hasattr(batches, 'batches') else islice(batches, start, None)
+def _settings(stream, runs:list[TrainState], way:Callable) -> dict:
+    "What decides a run, for checkpoints and for the other processes."
+    def named(part): return [getattr(part, '__name__', type(part).__name__), _own_settings(part)]
+    return dict(dictionaries=[r.sae.cfg.to_dict() for r in runs], n_batches=len(stream),
+                training=runs[0].cfg.to_dict(), data=stream.settings(),
+                callbacks=[named(c) for c in runs[0].callbacks], gradients=named(way))
+
+def _own_settings(part:Any) -> dict|None:
+    "What a callback, or a way to compute gradients, says of itself."
+    if hasattr(part, 'settings'): return part.settings()
+    return part.cfg.to_dict() if hasattr(part, 'cfg') else None
 
 def _show(bar, runs:list[TrainState]) -> None:
     "Loss, L0 and dead features of all dictionaries, in the progress bar."
-    say = lambda k, f: '/'.join(f(r.log[-1][k]) for r in runs)
-    bar.set_postfix(loss=say('total', '{:.3g}'.format), L0=say('l0', '{:.1f}'.format), dead=say('dead', str), refresh=False)
+    def say(k, f): return '/'.join(f(r.log[-1][k]) for r in runs)
+    bar.set_postfix(loss=say('total', '{:.3g}'.format), L0=say('l0', '{:.1f}'.format),
+                    dead=say('dead', str), refresh=False)
 
 @torch.no_grad()
 def _start_bias(sae:SAE, x:Tensor) -> None:
     "Start the decoder bias at the geometric median of the first batch."
-    if x.shape[-1] != sae.cfg.d_in:
-        raise ValueError(f'got activations of width {x.shape[-1]}; expected {sae.cfg.d_in}; set d_in to the width of the hook point.')
+    check(x.shape[-1] == sae.cfg.d_in, f'activations of width {x.shape[-1]}',
+          str(sae.cfg.d_in), 'set d_in to the width of the hook point')
+    check(bool(x.isfinite().all()), 'NaN or infinity in the first batch', 'finite numbers',
+          'look at the batch', FloatingPointError)
     sae.b_dec.copy_(geometric_median(x))
 
 # %% ../nbs/07_training.ipynb #ce6f6fc4
-def _go_on(checkpoints:Checkpoints|None, settings:dict, runs:list[TrainState]) -> float:
-    "Put the runs back to the last checkpoint, if there is one; the seconds spent before it."
-    found = checkpoints.load(settings) if checkpoints else None
-    for i,r in enumerate(runs if found else []):
-        unpack_state(r, {k.removeprefix(f'{i}.'): v for k,v in found.tensors.items() if k.startswith(f'{i}.')}, found.meta['runs'][i])
-    agree(dict(going_on_from=runs[0].step), runs[0].silent.device)
-    return found.meta['seconds'] if found else 0.
+class _Session:
+    "One call of `train_saes`: what it goes on from, and what it keeps."
+    def __init__(self, stream, runs:list[TrainState], checkpoints:Checkpoints|None,
+                 settings:dict|None, device):
+        self.stream, self.runs, self.checkpoints = stream, runs, checkpoints
+        self.settings, self.device, self.before = settings, device, 0.
+        self.start, self.kept = time.time(), None
+        if found := checkpoints.load(settings) if checkpoints else None: self._go_on(found)
+        agree(dict(going_on_from=runs[0].step), device)
 
-def _keep(checkpoints:Checkpoints, stop:StopSignals, settings:dict, runs:list[TrainState], seconds:float, device) -> None:
-    "Write a checkpoint when it is time, or when any process was asked to stop; then leave."
-    leaving, done = any_process(bool(stop.received), device), runs[0].step
-    if process_number() == 0 and (leaving or checkpoints.due(done)):
-        packed = [pack_state(r) for r in runs]
-        checkpoints.save(done, {f'{i}.{k}': v for i,(t,_) in enumerate(packed) for k,v in t.items()}, dict(runs=[m for _,m in packed], seconds=seconds), settings, must=leaving)
-    if leaving: stop.leave(f'stopped after step {done}; the checkpoint is in {checkpoints.folder}; the same call goes on from there')
+    def _go_on(self, found) -> None:
+        "Put the runs back to a checkpoint."
+        for i,r in enumerate(self.runs):
+            mine = {k.removeprefix(f'{i}.'): v for k,v in found.tensors.items()
+                    if k.startswith(f'{i}.')}
+            unpack_state(r, mine, found.meta['runs'][i])
+        if hasattr(self.stream, 'load_state_dict'):
+            self.stream.load_state_dict(found.meta['stream'])
+        self.before, self.kept = found.meta['seconds'], found.step
 
-def _not_finite(e:FloatingPointError, x:Tensor, i:int, checkpoints:Checkpoints|None) -> FloatingPointError:
+    def seconds(self) -> float:
+        "Time spent on this run, earlier sessions included."
+        return self.before+time.time()-self.start
+
+    def batches(self) -> Iterator[tuple[int, Tensor]]:
+        "The batches still to come; if one cannot be read, what is done is kept."
+        begin = i = self.runs[0].step
+        source = iter(self.stream.batches(begin))
+        while True:
+            try: x = next(source)
+            except StopIteration: return
+            except Exception:
+                if self.checkpoints and i > begin: self.keep()
+                raise
+            x = x.to(self.device)
+            if i == begin: agree(dict(first_batch=f'{x.cpu().double().sum():.6g}'), self.device)
+            yield i, x
+            i += 1
+
+    def keep(self, must:bool=False) -> None:
+        "Write a checkpoint, unless there is one of this step."
+        done = self.runs[0].step
+        if process_number() != 0 or done == self.kept: return
+        packed = [pack_state(r) for r in self.runs]
+        tensors = {f'{i}.{k}': v for i,(t,_) in enumerate(packed) for k,v in t.items()}
+        state = self.stream.state_dict() if hasattr(self.stream, 'state_dict') else None
+        meta = dict(runs=[m for _,m in packed], seconds=self.seconds(), stream=state)
+        self.checkpoints.save(done, tensors, meta, self.settings, must)
+        self.kept = done
+
+    def keep_if_due(self, stop:StopSignals) -> None:
+        "Write a checkpoint when it is time, or when any process was asked to stop; then leave."
+        leaving, done = any_process(bool(stop.received), self.device), self.runs[0].step
+        if leaving or self.checkpoints.due(done): self.keep(must=leaving)
+        if leaving:
+            stop.leave(f'stopped after step {done}; the checkpoint is in '
+                       f'{self.checkpoints.folder}; the same call goes on from there')
+
+def _not_finite(e:FloatingPointError, x:Tensor, i:int,
+                checkpoints:Checkpoints|None) -> FloatingPointError:
     "The error for a loss that is not finite, with the batch kept beside the checkpoints."
     bad, kept = int((~torch.isfinite(x)).any(-1).sum()), 'give `checkpoints` to have it kept'
     if checkpoints:
         kept = checkpoints.folder/f'not-finite-step-{i}.safetensors'
         with replacing(kept) as tmp: save_file({'batch': x.cpu().contiguous()}, tmp)
-    return FloatingPointError(f'{e} At step {i}, with NaN or infinity in {bad} of {len(x)} vectors of the batch ({kept}); no weight was changed by it.')
+    return FloatingPointError(f'{e} At step {i}, with NaN or infinity in {bad} of {len(x)} vectors '
+                              f'of the batch ({kept}); no weight was changed by it.')
 
 # %% ../nbs/07_training.ipynb #a89b806f
 def planted(

@@ -17,7 +17,7 @@ needs_triton = pytest.mark.skipif(find_spec('triton') is None, reason='the packa
 
 
 def example(d_in, n_feats, batch, shift, seed=0):
-    sae, gen = SAE(SAEConfig(d_in=d_in, n_feats=n_feats, seed=seed)), make_generator(seed)
+    sae, gen = SAE(SAEConfig(d_in=d_in, n_feats=n_feats, seed=seed, start='random')), make_generator(seed)
     sae.b_enc.data += shift+.1*torch.randn(n_feats, generator=gen)
     sae.b_dec.data += .3*torch.randn(d_in, generator=gen)
     return sae.to(DEVICE), torch.randn(batch, d_in, generator=gen).to(DEVICE)
@@ -51,6 +51,19 @@ def compare(sae, x, l1, **kw):
                                                          (128, 20, 20, -1.), (129, 20, 20, -1.), (300, 20, 20, -1.), (600, 9, 9, 100.), (4200, 3, 3, 0.)])
 def test_gradients_equal_automatic_differentiation(d_in, n_feats, batch, shift):
     compare(*example(d_in, n_feats, batch, shift), .3)
+
+
+@needs_triton
+@pytest.mark.parametrize('tile', [None, 1])
+def test_gradients_by_hand(tile):
+    "Two vectors, three features; one pre-activation is exactly 0, so it does not fire. The input may want a gradient, and gets none."
+    sae, x = SAE(SAEConfig(d_in=2, n_feats=3)), torch.tensor([[3., 1.], [1., 2.]], requires_grad=True)
+    weights = dict(W_enc=[[1., -1, 0], [0, 1, 2]], b_enc=[0., 0, -1], W_dec=[[1., 0], [0, 1], [-1, 0]], b_dec=[1., 0])
+    sae.load_state_dict({k: torch.tensor(v) for k,v in weights.items()})
+    out = sparse_gradients_gpu(sae.to(DEVICE), x.to(DEVICE), .5, tile)
+    assert [v.item() for v in out.loss] == [7.5, 5.5, 4., 2.] and out.fired.tolist() == [1, 1, 2]
+    assert {k: getattr(out, k).tolist() for k in weights} == dict(
+        W_enc=[[-1.5, 0, 2.5], [-.75, .5, 7.75]], b_enc=[-.75, .25, 4.5], W_dec=[[-2, -2], [-6, 0], [-10, -1]], b_dec=[-3, -10.25])
 
 
 @needs_triton
@@ -90,6 +103,9 @@ def test_nan_reaches_the_loss_and_no_other_vector():
     ours, rest = sparse_gradients_gpu(sae, broken, .3), sparse_gradients_gpu(sae, x[[0, 1, 2, 3, 5, 6, 7, 8, 9]], .3)
     assert ours.loss.total.isnan() and ours.loss.mse.isnan() and ours.b_dec.isnan().tolist() == [d == 2 for d in range(24)]
     assert torch.equal(ours.fired, rest.fired) and torch.allclose(ours.W_dec*10/9, rest.W_dec, atol=1e-5)
+    for value in (torch.inf, -torch.inf):
+        broken[4, 2] = value
+        assert not sparse_gradients_gpu(sae, broken, .3).loss.total.isfinite()
 
 
 @needs_triton
@@ -144,7 +160,7 @@ def test_import_leaves_triton_alone():
     subprocess.run([sys.executable, '-c', code], check=True)
 
 
-@pytest.mark.parametrize('spoil', [lambda x: x.double(), lambda x: x.half(), lambda x: x[:, :-1], lambda x: x[:0], lambda x: x[0]])
+@pytest.mark.parametrize('spoil', [lambda x: x.double(), lambda x: x.half(), lambda x: x.bfloat16(), lambda x: x[:, :-1], lambda x: x[:0], lambda x: x[0]])
 def test_unfit_activations_are_refused(spoil):
     "Whoever refuses first, the function's own check or the shapes of its signature."
     sae, x = example(4, 5, 3, 0.)

@@ -1,5 +1,6 @@
 "A training process is killed, stopped, starved of disk; started again, it ends with the very same weights."
 import hashlib
+import json
 import os
 import random
 import resource
@@ -32,10 +33,16 @@ print('ready', flush=True)
 def slow(state):
     import time; time.sleep(pause)
     if state.step % 5 == 0: print(state.step, flush=True)
+def silence(state):  # so that there is something to resample, and random numbers are drawn
+    if state.step in (20, 70): state.sae.b_enc.data[:7] = -50.
+resamplers = []
+def callbacks():
+    resamplers.append(Resampler(ResampleConfig(at=(.3, .6), window=1000, pool=1024)))
+    return [resamplers[-1], slow, silence]
 cfg = SAETrainConfig(lr=3e-3, warmup=.1, decay=.2, rewarm=.05, l1_warmup=.1, dead_window=2000)
 done = train_saes(stream, [SAEConfig(d_in=48, n_feats=96, l1=.3), SAEConfig(d_in=48, n_feats=64, l1=.6, seed=1)], cfg,
-                  lambda: [Resampler(ResampleConfig(at=(.3, .6), window=1000, pool=1024)), slow], checkpoints=Checkpoints(out+'/checkpoints', every_s=None, every_steps=10))
-for i,d in enumerate(done): save_artefact(f'{out}/{i}', dict(d.sae.named_parameters()), dict(log=d.log.to_dict('list')))
+                  callbacks, checkpoints=Checkpoints(out+'/checkpoints', every_s=None, every_steps=10))
+for i,d in enumerate(done): save_artefact(f'{out}/{i}', dict(d.sae.named_parameters()), dict(log=d.log.to_dict('list'), resampled=[h['resampled'] for h in resamplers[i].history]))
 '''
 
 
@@ -60,6 +67,7 @@ def undisturbed(program, tmp_path_factory):
     p = _start(program, out, 0)
     _, err = p.communicate(timeout=300)
     assert p.returncode == 0, err
+    for i in (0, 1): assert json.loads((out/str(i)/'config.json').read_text())['resampled'] == [7, 7]
     return _hash(out)
 
 

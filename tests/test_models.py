@@ -8,10 +8,11 @@ from monosem.activations import ActivationStream, StreamConfig
 from monosem.core import load_artefact, save_artefact
 from monosem.corpus import Mixture, TokenWindows, token_windows
 from monosem.features import restrict
+from monosem.hooked import sample
 from monosem.resampling import resample_dead
 from monosem.sae import SAE, SAEConfig, load_sae, normalize_decoder, remove_parallel_gradient, sae_loss, save_sae
 from monosem.training import SAETrainConfig, planted, train_sae
-from monosem.transformer import (LMTrainConfig, TransformerConfig, build_transformer, cosine_schedule, final_resid, load_transformer, loss_nats, sample,
+from monosem.transformer import (LMTrainConfig, TransformerConfig, build_transformer, cosine_schedule, final_resid, load_transformer, loss_nats,
                                  save_transformer, train_transformer, weights)
 
 SMALL = TransformerConfig(d_vocab=8192, d_model=32, n_heads=2, d_mlp=48, n_ctx=32)

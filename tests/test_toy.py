@@ -6,9 +6,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from monosem.core import make_generator
+from monosem.geometry import dimensionality_scatter
+from monosem.phases import PHASES, phase_maps
 from monosem.recovery import matched_cosine
 from monosem.toy import (Anticorrelated, Correlated, Points, Signed, Sparse, ToyConfig, ToyModel, ToyTrainConfig, best_of, evaluate_toy, explore,
-                         importance, interference, linear_loss, toy_loss, train_toy)
+                         importance, interference, linear_loss, superposition_bars, toy_loss, train_toy)
 
 SHORT = ToyTrainConfig(steps=20, batch=16)
 
@@ -123,3 +125,26 @@ def test_what_the_issue_asks_of_the_stored_claims(root):
     for size in ('n=2, m=1: cells more than one', 'n=3, m=2: cells more than one'): assert find('phases', size)['ours'] >= .95
     assert abs(find('geometry', 'all features, all densities')['ours']-1) <= .02
     assert find('recovery', 'dictionary of 80')['low'] >= .95 and find('recovery', 'paired difference')['low'] > 0
+
+
+def test_a_map_calls_its_phases_what_its_legend_calls_them():
+    ratios, densities = torch.logspace(-1, 1, 4), torch.logspace(-2, 0, 4)
+    rows = torch.arange(4)[:, None].expand(4, 4)  # a phase for each importance
+    fig = phase_maps({'map': rows}, ratios, densities, 'title', n_feats=(3,))
+    words = {a.text.replace('<br>', ' '): (a.x, a.y) for a in fig.layout.annotations}
+    assert list(words)[1:] == list(PHASES[:4]) == [t.name for t in fig.data[2:]]
+    at = torch.tensor(list(words.values())[1:])
+    assert torch.allclose(at, torch.stack([torch.full((4,), -1.), ratios.log10()], 1), atol=1e-6)
+
+
+def test_a_quantity_has_one_name_on_every_axis():
+    model = ToyModel(ToyConfig(3, 2, 1)).requires_grad_(False)
+    bars = superposition_bars(model, ['.1'], 'title')
+    slider = explore([.5, .1], n_feats=3, d_hidden=2).layout.sliders[0]
+    assert bars.layout.xaxis.title.text == 'density p'
+    assert slider.currentvalue.prefix == 'density p: '
+    scatter = dimensionality_scatter([2.], [.5], [[.5, .5]], 'title')
+    assert scatter.layout.xaxis.title.text == 'rarity 1/p'
+    maps = phase_maps({'': torch.zeros(2, 2).long()}, torch.tensor([.1, 1.]),
+                      torch.tensor([.1, 1.]), 'title')
+    assert maps.layout.xaxis.title.text == 'density p'

@@ -1,0 +1,157 @@
+"Exact small cases of what is measured of a dictionary: counts, shares, boundaries."
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from monosem.core import Estimate
+from monosem.evaluation import _evaluation
+from monosem.features import FeatureStats, logit_weights, restrict, top_tokens
+from monosem.proxies import CONTEXTS, FLOOR, alphabet_proxy, proxy, script_share, unigram
+from monosem.sae import SAE, SAEConfig
+from monosem.steering import PROMPT, pin, share_in
+
+
+def _sums(**other):
+    "Two windows of 100 tokens."
+    s = dict(n=[100, 100], on=[300, 500], err=[1., 3.], var=[10., 10.], size=[50., 50.], n_pred=[99, 99],
+             clean=[99., 198.], spliced=[198., 198.], zero=[396., 396.], mean=[297., 495.])
+    return pd.DataFrame(s | other)
+
+
+def test_an_evaluation_is_made_of_sums():
+    e = _evaluation(_sums(), np.array([0, 50, 150, 600]))
+    assert e.n_tokens == 200 and e.l0.value == 4 and e.fvu.value == .2 and e.l0.n == 2
+    assert (e.ce_clean, e.ce_spliced, e.ce_zero, e.ce_mean) == (1.5, 2., 4., 4.)
+    assert e.recovered.value == pytest.approx((4-2)/(4-1.5)) and e.recovered_mean.value == pytest.approx((4-2)/(4-1.5))
+    assert e.density.tolist() == [0, .25, .75, 3.] and e.n_dead == 1 and e.n_ultralow is None
+    assert e.l0.low == 3 and e.l0.high == 5
+    assert not _sums().equals(_sums(mean=[1., 1.])) and _evaluation(_sums(mean=[594., 594.]), np.ones(1)).recovered_mean.value == pytest.approx(4/4.5)
+
+
+def test_ultralow_features_are_counted_where_they_could_be_seen():
+    "More than a million tokens; density above 0 and below one in a million."
+    million = _sums(n=[1_000_000, 1_000_000])
+    assert _evaluation(million, np.array([0, 1, 2, 3])).n_ultralow == 1
+    assert _evaluation(_sums(n=[500_000, 500_000]), np.array([0, 1])).n_ultralow is None
+    assert _evaluation(_sums(n=[500_000, 500_001]), np.array([0, 1])).n_ultralow == 1
+
+
+def test_fvu_is_undefined_where_nothing_varies():
+    assert np.isnan(_evaluation(_sums(var=[0., 1e-10]), np.ones(1)).fvu.value)
+    assert _evaluation(_sums(var=[0., 1e-7]), np.ones(1)).fvu.value == pytest.approx(4e7)
+
+
+def test_the_table_of_an_evaluation_says_every_number():
+    t = _evaluation(_sums(), np.array([0, 50])).table()
+    assert t.index.name == 'number' and list(t.columns) == ['value', 'unit'] and t.value['CE clean'] == '1.500'
+    assert list(t.index) == ['L0', 'FVU', 'CE clean', 'CE spliced', 'CE zero-ablated', 'CE mean-ablated', 'loss recovered (zero)', 'loss recovered (mean)', 'dead', 'ultralow']
+    assert t.value['dead'] == 1 and t.unit['dead'] == 'of 2 features' and t.value['ultralow'] == 'not visible' and t.value['L0'].startswith('4 [3')
+    assert t.value[['CE spliced', 'CE zero-ablated', 'CE mean-ablated']].tolist() == ['2.000', '4.000', '4.000']
+    d = _evaluation(_sums(n=[10**6, 10**6]), np.array([1, 50])).to_dict()
+    assert 'density' not in d and d['n_ultralow'] == 1 and Estimate(*d['l0']).value == 800/2e6
+
+
+def _two():
+    sae = SAE(SAEConfig(2, 3, l1=.7, start='random'))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.tensor([[1., 0., -1.], [0., 1., 0.]]))
+        sae.W_dec.copy_(torch.tensor([[1., 0.], [0., 1.], [-1., 0.]]))
+        sae.b_enc.copy_(torch.tensor([0., -.5, 0.])); sae.b_dec.copy_(torch.tensor([.25, 0.]))
+    return sae
+
+
+def test_a_pin_holds_one_feature_and_leaves_the_rest():
+    sae, x = _two(), torch.tensor([[1.25, 2.], [-.75, 0.]])
+    assert torch.equal(pin(sae, 0, 3.)(x), torch.tensor([[3.25, 2.], [2.25, 0.]]))  # f is 1 and 0
+    assert torch.equal(pin(sae, 1, 0.)(x), torch.tensor([[1.25, .5], [-.75, 0.]]))  # f is 1.5 and 0
+    assert torch.equal(pin(sae, 2, 0.)(x), torch.tensor([[1.25, 2.], [.25, 0.]]))    # f is 0 and 1
+    assert not pin(sae, 0, 1.)(x).requires_grad
+    for bad in (-1, 3):
+        with pytest.raises(ValueError, match=f'feature {bad}'): pin(sae, bad, 1.)
+    for bad in (-.1, float('inf'), float('nan')):
+        with pytest.raises(ValueError, match='value='): pin(sae, 0, bad)
+    assert PROMPT == '1,2,3,4,5,6,7,8,9,10'  # the paper's
+
+
+def test_a_restricted_dictionary_has_the_features_asked_for_in_their_order():
+    sae, x = _two(), torch.tensor([[1.25, 2.], [-.75, 0.]])
+    sae.origin = {'model': 'm'}
+    small = restrict(sae, [2, 0])
+    assert torch.equal(small.encode(x), sae.encode(x)[:, [2, 0]]) and torch.equal(small.W_dec, sae.W_dec[[2, 0]])
+    assert torch.equal(small.b_dec, sae.b_dec) and small.cfg.n_feats == 2 and small.cfg.l1 == .7 and small.origin == {'model': 'm'}
+
+
+def test_shares_count_characters_that_are_no_space():
+    assert share_in('a1 b\n2\t', str.isdigit).tolist() == [2., 4.] and share_in('', str.isdigit).tolist() == [0., 0.]
+
+
+def test_statistics_as_a_table():
+    s = FeatureStats(10, np.array([.1, 0.]), np.array([3., 0.]), np.array([2., 0.]), np.zeros((2, 1), int), np.zeros((2, 1)))
+    t = s.table()
+    assert t.index.name == 'feature' and t.freq.tolist() == [.1, 0.] and t.max_act.tolist() == [3., 0.] and t.mean_act.tolist() == [2., 0.]
+
+
+def test_top_tokens_are_the_largest_and_spare_ids_have_none(tok):
+    logits = torch.zeros(8192+5)
+    a, b = tok.encode('the').ids[0], tok.encode(' of').ids[0]
+    logits[a], logits[b], logits[8193] = 2., 1., 9.
+    assert top_tokens(logits, tok, 2) == ['the', '␣of'] and len(top_tokens(logits, tok)) == 10
+
+
+def test_logit_weights_of_ours_by_hand():
+    from monosem.hooked import at_hook
+    from monosem.transformer import TransformerConfig, build_transformer, weights
+    model = build_transformer(TransformerConfig(d_vocab=5, d_model=4, d_mlp=3, n_heads=2, n_ctx=8), 'cpu')
+    w = weights(model)
+    with torch.no_grad():
+        w['layers.0.mlp.fc_out.weight'].copy_(torch.arange(12.).view(4, 3))
+        w['ln_out.weight'].copy_(torch.tensor([1., 2., 0., 1.]))
+        w['head.weight'].copy_(torch.eye(5)[:, :4])
+    got = logit_weights(at_hook(model), torch.tensor([[1., 0., 0.]]))
+    # W_out d = (0, 3, 6, 9), centred (-4.5, -1.5, 1.5, 4.5), scaled (-4.5, -3, 0, 4.5), logits with a 0 for the fifth token: their median is 0
+    assert torch.allclose(got, torch.tensor([[-4.5, -3., 0., 4.5, 0.]]))
+
+
+# proxies
+
+def test_unigram_adds_one_to_each_count():
+    from monosem.corpus import windows_from_ids
+    assert np.allclose(np.exp(unigram(windows_from_ids([[0, 0, 2]]), 4)), np.array([3, 1, 2, 1])/7)
+
+
+def test_a_string_needs_as_many_tokens_as_its_context_asks_for():
+    names, log_p = [b'A', b'xx'], np.log([.5, .5])
+    one, two = (alphabet_proxy(np.array([[0, 0, 1, 0]]), names, log_p, 'ACGT', n)[0] for n in (1, 2))
+    a, x = np.log(1/4/.5), 2*np.log(FLOOR)-np.log(.5)
+    assert np.allclose(one, [a, a, x+0*a, a]) and np.allclose(two, [-np.inf, 2*a, x+a, a+x])
+
+
+def test_each_context_has_its_kinds_and_its_proxy(mini, tok):
+    from monosem.corpus import Mixture, token_bytes, token_windows
+    w = token_windows(mini, tok, Mixture(budget=60_000), validation=True, spread=True, n_ctx=64)
+    kinds = {c.name: set(c.kinds) for c in CONTEXTS}
+    assert kinds['arabic'] == {'lang_ar', 'lang_fa', 'lang_ur'} and kinds['hebrew'] == {'lang_he'} and kinds['dna'] == {'dna'} and kinds['base64'] == {'base64'}
+    assert kinds['cyrillic'] == {'lang_ru', 'lang_uk', 'lang_sr', 'lang_bg', 'lang_mn'}
+    for c in CONTEXTS:
+        inside = proxy(c.name, w, tok) > 0
+        of_kind = np.isin(w.kind, [w.kinds.index(k) for k in c.kinds if k in w.kinds])
+        assert inside[of_kind].mean() > 3*inside[~of_kind].mean(), c.name
+    names = token_bytes(tok)
+    for script, letter, foreign in (('arabic', 'ب', 'ש'), ('hebrew', 'ש', 'Ж'), ('cyrillic', 'Ж', 'ب')):
+        share = script_share(w, names, script)
+        whole = {names[i].decode(): share[i] for i in range(len(names)) if len(names[i]) == 2 and names[i].decode(errors='replace').isalpha()}
+        assert whole.get(letter, 1.) == 1. and whole.get(foreign, 0.) == 0. and share[names.index(b'the')] == 0.
+    with pytest.raises(ValueError, match='klingon'): proxy('klingon', w, tok)
+    with pytest.raises(ValueError, match='script'): script_share(w, names, 'runes')
+
+
+def test_the_share_of_a_partial_token_is_that_of_its_occurrences(tok):
+    "A byte that begins Arabic letters in two places of three."
+    from monosem.corpus import token_bytes, windows_from_ids
+    names = [b'\xd8', b'\xd9', b'\xa8', b'a', b' \xd8', b'\xbf']
+    rows = [[0, 2, 3, 3], [1, 2, 0, 2], [4, 2, 3, 3]]  # \xd8\xa8 and \xd9\xa8 are Arabic
+    share = script_share(windows_from_ids(rows), names, 'arabic')
+    assert share[0] == share[1] == share[2] == share[4] == 1. and share[3] == 0. and share[5] == 0.
+    mixed = script_share(windows_from_ids([[0, 2, 3, 0], [0, 3, 3, 3]]), names, 'arabic')
+    assert mixed[0] == pytest.approx(1/3)  # alone, before `a` and at the end, it is no letter

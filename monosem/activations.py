@@ -133,7 +133,7 @@ class ActivationStream(ShuffledBlocks):
         acts_of:Callable[[Tensor], Tensor], # Tokens (batch, pos) to activations (batch, pos, d_in): a model at a hook point, see `at_hook`, or a function
         windows:TokenWindows, # Where the vectors come from
         cfg:StreamConfig=StreamConfig(), # How they are drawn
-        device:str|torch.device='cpu', # Where the model is
+        device:str|torch.device|None=None, # Where the model is; None asks it
         harvest_batch:int=16, # Windows per forward pass; few enough that their activations stay in the cache
         overlap:bool|None=None, # Harvest the next block while this one is used; by default where the model is on an accelerator
     ):
@@ -142,11 +142,13 @@ class ActivationStream(ShuffledBlocks):
               'at most all of them', 'lower per_window')
         if isinstance(acts_of, HookedModel): fitting(acts_of, windows=windows)
         self.acts_of, self.windows, self.cfg = acts_of, windows, cfg
+        device = device or getattr(acts_of, 'device', 'cpu')
         self.device, self.harvest_batch = torch.device(device), harvest_batch
         self.tokens, self.per_block = windows.ids(), max(1, cfg.block//cfg.per_window)
         self.allowed, self._sizes = kept(self.tokens, cfg.skip_tokens), {}
         self.allowed[:, :cfg.skip_first] = False
-        overlap = self.device.type != 'cpu' if overlap is None else overlap
+        alone = getattr(acts_of, 'overlap', True)  # several processes must talk in one order
+        overlap = alone and self.device.type != 'cpu' if overlap is None else overlap
         super().__init__(cfg.batch, cfg.passes, cfg.seed, overlap)
 
     def _windows_of(self, n_pass:int) -> tuple[Tensor, ...]:
@@ -186,7 +188,11 @@ class ActivationStream(ShuffledBlocks):
         return pos, allowed.gather(1, pos)
 
     @property
-    def origin(self) -> dict: return getattr(self.acts_of, 'origin', {})
+    def origin(self) -> dict:
+        known = getattr(self.acts_of, 'origin', {})
+        if known and not known.get('tokenizer'):
+            known = known | dict(tokenizer=self.windows.tokenizer)
+        return known
 
     def settings(self) -> dict:
         "What decides the vectors: configuration, text, and the model's weights or, for a function, its activations."
@@ -293,7 +299,7 @@ class ArrayStream(ShuffledBlocks):
         passes:int=1, # Times over all vectors, each in another order
         seed:int=0, # Of the order
     ):
-        self.x = torch.as_tensor(x)
+        self.x = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x)
         check(self.x.ndim == 2 and len(self.x) > 0 and not self.x.is_complex(),
               f'an array of shape {tuple(self.x.shape)} and type {self.x.dtype}',
               '(n, d_in) real numbers', 'reshape or convert it')
@@ -340,6 +346,9 @@ class GivenBatches:
         "The batches from number `start` on, in float32."
         before, self.seen, n = self.seen, 0, 0
         for x in self.source:
+            if n == len(self):
+                warnings.warn(f'more than {n} batches; the rest is left out.', stacklevel=2)
+                return
             x, n = _vectors(x, n), n+1
             self.seen = _checksum(x, self.seen)
             check(n != start or self.seen == before, 'other batches, or another order of them, '

@@ -9,7 +9,7 @@ __all__ = ['Evaluation', 'evaluate']
 
 # %% ../nbs/08_evaluation.ipynb #a288c9d2
 from dataclasses import asdict, dataclass
-from typing import Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ import torch
 
 from .core import Estimate, bootstrap, progress
 from .corpus import TokenWindows
-from .hooked import HookedModel, fitting, kept, mean_acts, only_at
+from .hooked import HookedModel, fitting, kept, mean_acts, only_at, token_ids
 from .sae import SAE
 
 # %% ../nbs/08_evaluation.ipynb #46cfe1af
@@ -57,11 +57,11 @@ def evaluate(
     sae:SAE, # A dictionary of its activations
     windows:TokenWindows, # Validation windows
     batch:int=16, # Windows at a time
-    skip_tokens:Iterable[int]=(), # Ids of tokens to leave out
+    skip_tokens:Any=(), # Ids of tokens to leave out
 ) -> Evaluation: # Numbers with 95 % intervals over windows
     "Measure sparsity, fidelity and effect on the model's loss on every token of `windows`."
-    at = fitting(model, sae, windows)
-    mean, rows = mean_acts(at, windows, skip_tokens), []
+    at, skip_tokens = fitting(model, sae, windows), token_ids(skip_tokens)
+    mean, rows = mean_acts(at, windows, skip_tokens, batch), []
     fires = torch.zeros(sae.cfg.n_feats, dtype=torch.long, device=at.device)
     with progress(windows.n_tokens, 'evaluating') as bar:
         for tokens in windows.ids(device=at.device).split(batch):

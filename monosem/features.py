@@ -19,11 +19,12 @@ import torch
 from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.utils.data import RandomSampler
 
-from .activations import GivenBatches, as_stream
+from .activations import ArrayStream, as_stream
 from .core import check, progress
 from .corpus import TokenWindows, show_token, token_bytes
-from .hooked import HookedModel, at_hook, fitting, kept
+from .hooked import HookedModel, at_hook, fitting, kept, token_ids
 from .sae import SAE
 
 # %% ../nbs/09_features.ipynb #74930cd0
@@ -92,9 +93,10 @@ def feature_stats(
     sae:SAE, # A dictionary of its activations
     windows:TokenWindows, # The text
     k:int=20, # Strongest tokens to keep per feature
-    skip_tokens:Iterable[int]=(), # Ids of tokens to leave out
+    skip_tokens:Any=(), # Ids of tokens to leave out
 ) -> FeatureStats: # Arrays over features
     "Frequency, maximum, mean and strongest examples of every feature in one pass."
+    skip_tokens = token_ids(skip_tokens)
     def parts():
         at, width = 0, windows.tokens.shape[1]
         for s in feature_pass(model, sae, windows):
@@ -105,14 +107,20 @@ def feature_stats(
 
 def vector_stats(
     sae:SAE, # A dictionary
-    batches:Any, # Vectors: an array (n, d_in), a list of batches, a DataLoader
+    batches:Any, # Vectors in their order: an array (n, d_in), an `ArrayStream`, a list of batches, a DataLoader
     k:int=20, # Strongest vectors to keep per feature
 ) -> FeatureStats: # `top` holds row numbers, in the order of the vectors
     "The same for vectors of one's own, without a model."
-    if hasattr(batches, 'dtype'): batches = torch.as_tensor(batches).split(4096)
+    if hasattr(batches, 'dtype'): batches = ArrayStream(batches, 1)
+    if isinstance(batches, ArrayStream): batches = batches.x.split(4096)
+    mixed = isinstance(getattr(batches, 'sampler', None), RandomSampler)
+    check(not mixed and not hasattr(batches, 'block'), f'a shuffled {type(batches).__name__}',
+          'vectors in their order, for `top` to name rows', 'pass the array itself')
     def parts():
         at = 0
         for x in as_stream(batches):
+            check(bool(x.isfinite().all()), f'NaN or infinity after vector {at}', 'finite numbers',
+                  'look at the vectors')
             with torch.no_grad(): f = sae.encode(x.to(sae.W_dec))
             yield f, at+torch.arange(len(x), device=f.device)
             at += len(x)

@@ -87,7 +87,8 @@ def share_harvest(
         parts = [torch.empty_like(mine) for _ in range(n_processes())]
         dist.all_gather(parts, mine)
         return torch.cat(parts)[:len(tokens)]
-    f.origin = getattr(acts_of, 'origin', {})
+    f.origin, f.overlap = getattr(acts_of, 'origin', {}), False
+    f.device = getattr(acts_of, 'device', 'cpu')
     return f
 
 # %% ../nbs/06c_parallel.ipynb #67a2e7ef

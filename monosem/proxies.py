@@ -150,9 +150,12 @@ def correlate(
     at, n_feats = fitting(model, sae, windows), sae.cfg.n_feats
     use = np.stack([mask, *(targets & mask)])  # row 0 counts every token, the others those in a context
     sums = torch.zeros(len(use)+1, n_feats+at.d_in, dtype=torch.double)
+    shift = None  # a channel far from 0 keeps its digits
     for s in feature_pass(at, sae, windows, desc='selecting'):
+        acts = s.acts.flatten(0, 1)
+        if shift is None: shift = acts.mean(0)
         y = torch.as_tensor(use[:, s.rows]).flatten(1).float()
-        x = torch.cat([s.features, s.acts], -1).flatten(0, 1).cpu()
+        x = torch.cat([s.features.flatten(0, 1), acts-shift], -1).cpu()
         sums[:-1] += y@x
         sums[-1] += y[0]@x.square_()
     n, y = float(mask.sum()), (targets & mask).sum((1, 2))[:, None].astype(float)
@@ -193,7 +196,7 @@ def test_contexts(
     "Select the best feature and neuron per context on one half of the documents, measure them on the other; a context that the text lacks drops out with a warning."
     at, select = fitting(model, sae, windows, tok), halves(windows, seed)
     targets = {c.name: proxy(c.name, windows, tok) > 0 for c in contexts}
-    contexts = [c for c in contexts if _testable(c.name, targets[c.name], select)]
+    contexts = [c for c in contexts if _testable(c.name, targets[c.name], select, chosen)]
     if not contexts: return [], {}
     targets = np.stack([targets[c.name] for c in contexts])
     if chosen: best, rival = zip(*(chosen[c.name] for c in contexts))
@@ -213,8 +216,11 @@ def test_contexts(
         tables[c.name] = table
     return tests, tables
 
-def _testable(name:str, inside:np.ndarray, select:np.ndarray) -> bool:
-    "Whether both halves hold tokens inside and outside a context; says so if not."
+def _testable(name:str, inside:np.ndarray, select:np.ndarray, chosen:dict|None) -> bool:
+    "Whether both halves hold tokens inside and outside a context, and a feature is chosen; says so if not."
+    if chosen and name not in chosen:
+        warnings.warn(f'{name} is not tested: no feature was chosen for it.', stacklevel=3)
+        return False
     lacks = [what for what, t in (('in', inside), ('outside', ~inside))
              if not ((t & select).any() and (t & ~select).any())]
     if lacks: warnings.warn(f'{name} is not tested: a half of the text has no token '

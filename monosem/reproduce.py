@@ -304,9 +304,7 @@ def ship(
     a, a1 = load_artefact(run/'A'), load_artefact(run/'A-1')
     shape = TransformerConfig.from_dict(a.config)
     save_transformer(load_transformer(run/'A', 'cpu'), shape, assets/'A', a.run, half=True)
-    sae, rounded = load_sae(run/'A-1', 'cpu'), load_transformer(assets/'A', 'cpu')
-    origin = at_hook(rounded).origin | dict(trained_on=sae.origin.get('model'))
-    save_sae(sae, assets/'A-1', a1.run | origin, half=True)
+    save_sae(load_sae(run/'A-1', 'cpu'), assets/'A-1', a1.run, half=True)
     tokenizer = (run/'tokenizer.json').read_bytes()
     with replacing(assets/'tokenizer.json') as tmp: tmp.write_bytes(tokenizer)
     return True

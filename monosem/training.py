@@ -337,7 +337,7 @@ def _not_finite(e:FloatingPointError, x:Tensor, i:int,
         kept = checkpoints.folder/f'not-finite-step-{i}.safetensors'
         with replacing(kept) as tmp: save_file({'batch': x.cpu().contiguous()}, tmp)
     return FloatingPointError(f'{e} At step {i}, with NaN or infinity in {bad} of {len(x)} vectors '
-                              f'of the batch ({kept}); no weight was changed by it.')
+                              f'of the batch ({kept}); no weight of the dictionary was changed by it.')
 
 # %% ../nbs/07_training.ipynb #a89b806f
 def planted(

@@ -11,14 +11,14 @@ from monosem.corpus import TokenWindows, load_tokenizer, windows_from_ids
 from monosem.evaluation import evaluate
 from monosem.features import examples, feature_pass, feature_stats, logit_weights, restrict
 from monosem.hooked import (HookedModel, NeuronModel, at_hook, fitting, kept, mean_acts, only_at,
-                            sample, text_ids, weights_hash)
+                            sample, text_ids)
 from monosem.neuron_embeddings import features_of, neurons_of
 from monosem.proxies import correlate
 from monosem.sae import SAE, SAEConfig, load_sae, save_sae
 from monosem.steering import pin, steer
 from monosem.training import SAETrainConfig, train_sae
 from monosem.transformer import (TransformerConfig, build_transformer, final_resid, loss_nats,
-                                 mlp_acts)
+                                 mlp_acts, weights_hash)
 
 VOCAB, CTX = 300, 24
 
@@ -373,3 +373,57 @@ def test_numbers_do_not_depend_on_grad_mode():
     assert torch.is_grad_enabled() and feature_stats(at, sae, w).n_tokens == w.n_tokens
     for s in feature_pass(at, sae, w):
         assert torch.is_grad_enabled() and not s.features.requires_grad
+
+
+def test_a_model_at_a_hook_point_knows_that_it_was_trained_on():
+    "Fused steps leave no trace in a tensor's version."
+    at = at_hook(_native(), 'blocks.1.mlp.hook_post')
+    before = at.hash
+    opt = torch.optim.AdamW(at.model.parameters(), fused=True)
+    at.model(_tokens(), return_type='loss').backward()
+    opt.step()
+    at.model.tokenizer_hash = 'later'
+    assert at.hash == weights_hash(at.model) != before and at.origin['tokenizer'] == 'later'
+
+
+def test_strangers_are_held_to_the_tokenizer_of_the_text_they_were_read_on(tok):
+    at = at_hook(_native(d_vocab=8192), 'blocks.1.mlp.hook_post')
+    mine, theirs = (windows_from_ids(_tokens(20).numpy(), tokenizer=h) for h in ('aaa', 'bbb'))
+    sae = train_sae(ActivationStream(at, mine, StreamConfig(batch=64, per_window=16)), SAEConfig(48, 64, l1=.1)).sae
+    assert sae.origin['tokenizer'] == 'aaa' and evaluate(at, sae, mine)
+    with pytest.raises(ValueError, match='bbb'): evaluate(at, sae, theirs)
+    with pytest.raises(ValueError, match='the tokenizer'): examples(at, sae, tok, mine, feature_stats(at, sae, mine), 0)
+
+
+def test_ids_to_leave_out_may_come_from_anywhere():
+    at, sae, w = at_hook(_native(), 'blocks.1.mlp.hook_post'), _sae(48), _windows()
+    want = evaluate(at, sae, w, batch=2, skip_tokens=list(range(100)))
+    for skip in ((i for i in range(100)), map(int, range(100)), np.arange(100), set(range(100))):
+        got = evaluate(at, sae, w, batch=2, skip_tokens=skip)
+        assert got.n_tokens == want.n_tokens < w.n_tokens and got.ce_spliced == want.ce_spliced
+    assert feature_stats(at, sae, w, skip_tokens=(i for i in range(100))).n_tokens == want.n_tokens
+    assert evaluate(at, sae, w, skip_tokens=3).n_tokens == (w.tokens != 3).sum()
+    with pytest.raises(ValueError, match='skip_tokens'): evaluate(at, sae, w, skip_tokens=[None])
+
+
+def test_our_own_model_in_bfloat16_and_very_short_ones_are_read():
+    model = build_transformer(TransformerConfig(d_vocab=VOCAB, d_model=32, n_heads=2, d_mlp=48, n_ctx=CTX), 'cpu').bfloat16()
+    at = at_hook(model)
+    assert type(at) is HookedModel and at(_tokens()).dtype == torch.float32 and evaluate(at, _sae(48), _windows()).ce_clean > 0
+    assert at_hook(_native(n_ctx=2), 'blocks.0.mlp.hook_post').d_in == 48
+
+
+def test_a_dictionary_of_another_type_is_refused():
+    at = at_hook(_native(), 'blocks.1.mlp.hook_post')
+    with pytest.raises(ValueError, match='float32 on the same device'): evaluate(at, _sae(48).bfloat16(), _windows())
+
+
+def test_correlations_keep_their_digits_far_from_zero():
+    class Far(HookedModel):
+        def __call__(self, tokens): return 1000+torch.stack([(tokens % 5).float(), (tokens % 2).float()], -1)
+        def __init__(self, at): self.__dict__.update(at.__dict__, d_in=2)
+    at, w = Far(at_hook(_native(), 'blocks.1.mlp.hook_post')), _windows(40)
+    sae = _sae(2)
+    target = (w.tokens % 5 > 2)
+    r = correlate(at, sae, w, target[None], np.ones_like(target)).neurons[0]
+    assert np.allclose(r, [np.corrcoef((w.tokens % k).ravel(), target.ravel())[0, 1] for k in (5, 2)], atol=1e-5)

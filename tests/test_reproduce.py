@@ -111,8 +111,11 @@ def test_a_run_knows_what_belongs_together(micro, tmp_path, tok):
     with pytest.raises(ValueError, match='tokenizer of 8192'): fitting(model, sae, tok=tok)
     ship(micro, tmp_path/'assets')
     half, small = load_transformer(tmp_path/'assets/A', 'cpu'), load_sae(tmp_path/'assets/A-1', 'cpu')
-    assert fitting(half, small, tok=mine).hash != at_hook(model).hash  # rounded weights are other weights, and the pair says so
-    with pytest.raises(ValueError, match='a dictionary of the model'): fitting(model, small)
+    assert fitting(half, small, tok=mine).hash != at_hook(model).hash  # rounded weights are other weights; the pair still knows itself
+    assert fitting(half, sae) and fitting(model, small)
+    with torch.no_grad(): next(iter(half.parameters()))[0, 0] += 1
+    half.rounded_from = None
+    with pytest.raises(ValueError, match='a dictionary of the model'): fitting(half, small)
     assert not ship(micro, tmp_path/'assets')
 
 

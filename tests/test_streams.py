@@ -103,6 +103,28 @@ def test_a_feature_that_fires_on_few_vectors_has_few_examples():
     assert s.freq.tolist() == pytest.approx([2/3, 0, 1]) and s.mean_act.tolist() == pytest.approx([1., 0., 2.])
 
 
+def test_rows_are_named_for_vectors_in_their_order_only():
+    sae, x = SAE(SHAPE), _x()
+    assert np.array_equal(vector_stats(sae, ArrayStream(x, 50)).top, vector_stats(sae, x).top)
+    for mixed in (DataLoader(TensorDataset(x), 50, shuffle=True), _stream(lambda t: _identity(t).expand(-1, -1, 6))):
+        with pytest.raises(ValueError, match='in their order'): vector_stats(sae, mixed)
+    with pytest.raises(ValueError, match='NaN'): vector_stats(sae, torch.full((5, 6), float('nan')))
+
+
+def test_a_source_longer_than_it_says_is_cut_to_its_length():
+    class Long:
+        def __len__(self): return 3
+        def __iter__(self): return iter(_x().split(40))
+    rates = []
+    with pytest.warns(UserWarning, match='more than 3'): train_sae(Long(), SHAPE, callbacks=[lambda s: rates.append(s.opt.param_groups[0]['lr'])])
+    assert len(rates) == 3 and min(rates) > 0
+
+
+def test_an_array_seen_backwards_is_an_array():
+    x = _x().numpy()
+    assert np.array_equal(ArrayStream(x[::-1], 50).x, x[::-1].copy())
+
+
 # order and identity of resumed runs
 
 def _broken(folder, batches, at=5, **kw):

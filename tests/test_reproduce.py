@@ -191,7 +191,7 @@ def test_a_planted_feature_is_selected_and_measured_on_the_other_half(tok):
     docs = [Document('lang_ar' if i % 2 else 'en', '-', '-', 'x') for i in range(40)]
     w = TokenWindows(tokens, np.repeat(np.arange(40, dtype=np.int32), 16).reshape(40, 16), docs, {})
     class World(HookedModel):
-        def __init__(self): self.hook, self.d_in, self.d_vocab, self.n_ctx, self.device, self.tokenizer = 'x', 3, 8192, 99, torch.device('cpu'), None
+        def __init__(self): self.model, self.hook, self.d_in, self.d_vocab, self.n_ctx, self.device = None, 'x', 3, 8192, 99, torch.device('cpu')
         def __call__(self, t):
             y = (t == arabic).float()
             return torch.stack([y, 1-y, y+.5*(t % 2)], -1)

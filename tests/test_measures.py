@@ -74,6 +74,16 @@ def test_a_pin_holds_one_feature_and_leaves_the_rest():
     assert PROMPT == '1,2,3,4,5,6,7,8,9,10'  # the paper's
 
 
+def test_steering_writes_once_without_and_once_with_the_pin(tok):
+    from monosem.hooked import sample
+    from monosem.steering import steer
+    from monosem.transformer import TransformerConfig, build_transformer
+    model, sae = build_transformer(TransformerConfig(d_model=16, d_mlp=24, n_heads=2, n_ctx=32), 'cpu'), SAE(SAEConfig(24, 8))
+    s = steer(model, sae, tok, 2, 500., n_tokens=8, temperature=.9, seed=3)
+    assert s.before == sample(model, tok, PROMPT, 8, .9, 3) != s.after == sample(model, tok, PROMPT, 8, .9, 3, pin(sae, 2, 500.))
+    assert (s.feature, s.value) == (2, 500.) and steer(model, sae, tok, 2, 500., 'abc', 8, .9, 3).before == sample(model, tok, 'abc', 8, .9, 3)
+
+
 def test_a_restricted_dictionary_has_the_features_asked_for_in_their_order():
     sae, x = _two(), torch.tensor([[1.25, 2.], [-.75, 0.]])
     sae.origin = {'model': 'm'}

@@ -236,8 +236,8 @@ class Estimate(NamedTuple):
 
 # %% ../nbs/00_core.ipynb #4407b6ed
 def bootstrap(
-    stats:Any, # Additive statistics, a row per document: (n_docs, n_stats), or a data frame with named columns
-    statistic:Callable, # Maps summed statistics to values (...): an array (..., n_stats), or an object with the columns' names
+    stats:Any, # Additive, a row per document: (n_docs, n_stats) or a data frame
+    statistic:Callable, # Maps sums (..., n_stats), or an object with the columns' names, to values (...)
     n_draws:int=1000, # Bootstrap draws
     seed:int=0, # Seed of the draws
 ) -> Estimate: # Value on all documents, with its percentile interval
@@ -259,7 +259,7 @@ def bootstrap(
 # %% ../nbs/00_core.ipynb #87105ed0
 def pearson(
     s:np.ndarray, # (..., 6) sums: n, x, y, x*x, y*y, x*y
-) -> np.ndarray|np.floating: # (...) correlation coefficients in [-1, 1], NaN where a variance is zero
+) -> np.ndarray|np.floating: # (...) in [-1, 1], NaN where a variance is zero
     "Pearson's r from sums."
     n, x, y, xx, yy, xy = np.moveaxis(np.asarray(s, dtype=np.float64), -1, 0)
     with np.errstate(invalid='ignore', divide='ignore'):

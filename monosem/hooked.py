@@ -153,7 +153,8 @@ class HookedModel:
                      'hook_attn_out', 'hook_mlp_out'):
             return torch.eye(cfg.d_model, device=self.device)
         check(place in ('mlp.hook_post', 'attn.hook_z') and not post_norms,
-              f'the hook point {self.hook!r}' + ' of a model with norms after its layers'*post_norms,
+              f'the hook point {self.hook!r}'
+              + ' of a model with norms after its layers'*post_norms,
               'neurons, heads, a layer output or the residual stream, whose way to the '
               'logits is linear but for the last norm', 'compare losses with an edit instead')
         W = self.model.W_out[layer] if place == 'mlp.hook_post' else self.model.W_O[layer]

@@ -57,7 +57,7 @@ def test_notebook_is_small_and_clean(path):
     shown = json.dumps(outputs)
     assert 'widgets' not in nb['metadata'] and 'widget-view+json' not in shown and 'plotly.js v' not in shown
     assert all(o['output_type'] != 'error' and o.get('name') != 'stderr' for o in outputs)
-    assert not re.search(r'(?<!\\)(?:\\\\)*\\r', shown) and not re.search(r'"[^"]*(/home/|/root/|/work/|/tmp/)', shown), 'an output holds a progress bar or a path of this machine'
+    assert not re.search(r'(?<!\\)(?:\\\\)*\\r', shown) and not re.search(r'"[^"]*/(home|root|work|tmp)/', shown), 'an output holds a progress bar or a path of this machine'
     assert all(c['execution_count'] is None for c in nb['cells'] if c['cell_type'] == 'code')
 
 

@@ -41,7 +41,8 @@ def harvest(plan):
     from monosem.activations import ActivationStream, StreamConfig
     from monosem.hooked import at_hook
     from monosem.core import replacing
-    from monosem.corpus import Mixture, load_corpus, load_tokenizer, token_windows
+    from monosem.corpus import load_corpus
+    from monosem.tokens import Mixture, load_tokenizer, token_windows
     from monosem.reproduce import SCALES
     from monosem.transformer import load_transformer
     torch.set_num_threads(2)

@@ -23,7 +23,7 @@ from torch import Tensor
 from .checkpoints import differences
 from .core import (Config, check, content_hash, json_ready, make_generator, progress,
                           replacing, write_json)
-from .corpus import TokenWindows
+from .tokens import TokenWindows
 from .hooked import HookedModel, at_hook, fitting, kept
 
 # %% ../nbs/05_activations.ipynb #6cb908f4

@@ -49,7 +49,8 @@ def _train(a:argparse.Namespace) -> None:
     from monosem.activations import ActivationStore, ActivationStream, StreamConfig, store_activations
     from monosem.checkpoints import Checkpoints
     from monosem.core import check, pick_device, run_record
-    from monosem.corpus import EOT, Mixture, load_corpus, load_tokenizer, token_windows
+    from monosem.corpus import load_corpus
+    from monosem.tokens import EOT, Mixture, load_tokenizer, token_windows
     from monosem.hooked import at_hook, fitting
     from monosem.parallel import join_processes, n_processes, process_number, share_harvest
     from monosem.resampling import ResampleConfig, Resampler

@@ -51,7 +51,7 @@ def neuron_stacks(
     "A bar per neuron, its weights stacked by feature, marked by whether it carries one feature or several (Elhage et al. 2022, *Visualizing Superposition in Terms of Neurons*)."
     from plotly.colors import sample_colorscale
     from plotly.subplots import make_subplots
-    from monosem.plotting import COLORS, _title
+    from monosem.plotting import COLORS, wrapped
     check(len(names) == len(W), f'{len(names)} names', f'one for each of {len(W)} instances', 'give as many')
     rows = -(-len(W)//columns)
     stacks = [_blocks(w[w.abs().argmax(1).argsort(stable=True)], least) for w in W]  # neurons by their main feature
@@ -75,7 +75,7 @@ def neuron_stacks(
     fig.update_annotations(font_size=13)
     inner, strength = 210*rows, .55 if W.shape[2] <= 12 else 1.  # paler where numbers are written on the blocks
     scale = [[k/9, c.replace('rgb', 'rgba').replace(')', f',{strength})')] for k,c in enumerate(sample_colorscale('Viridis', 10))]
-    return fig.update_layout(title=_title(title), height=inner+190, barmode='overlay', margin=dict(t=90, b=100, r=10), uniformtext=dict(minsize=8, mode='hide'), legend=dict(orientation='h', x=0, y=-55/inner, yanchor='top'),
+    return fig.update_layout(title=wrapped(title), height=inner+190, barmode='overlay', margin=dict(t=90, b=100, r=10), uniformtext=dict(minsize=8, mode='hide'), legend=dict(orientation='h', x=0, y=-55/inner, yanchor='top'),
                              coloraxis=dict(colorscale=scale, cmin=0, cmax=last, colorbar=dict(orientation='h', title=dict(text='feature', side='right'), thickness=8, len=.6, x=0, xanchor='left', y=-8/inner, yanchor='top', outlinewidth=0)))
 
 # %% ../nbs/02e_computation.ipynb #77664ad0

@@ -6,8 +6,8 @@ Docs: https://monosem.github.io/monosem/core.html.md"""
 
 # %% auto #0
 __all__ = ['pick_device', 'make_generator', 'Config', 'content_hash', 'check', 'replacing', 'json_ready', 'write_json',
-           'Artefact', 'run_record', 'save_artefact', 'load_artefact', 'Estimate', 'bootstrap', 'pearson', 'claim',
-           'progress']
+           'Artefact', 'run_record', 'save_artefact', 'load_artefact', 'Estimate', 'bootstrap', 'mean_of', 'pearson',
+           'claim', 'store', 'stored', 'ramp', 'progress']
 
 # %% ../nbs/00_core.ipynb #fb4cfcaf
 import hashlib, json, math, os, platform, shutil, subprocess, sys, tempfile
@@ -236,34 +236,43 @@ class Estimate(NamedTuple):
 
 # %% ../nbs/00_core.ipynb #4407b6ed
 def bootstrap(
-    stats:Any, # Additive, a row per document: (n_docs, n_stats) or a data frame
-    statistic:Callable, # Maps sums (..., n_stats), or an object with the columns' names, to values (...)
+    stats:Any, # Additive statistics, a row per document: names to columns, or a data frame
+    statistic:Callable, # Maps their sums, as attributes of those names, to a value
     n_draws:int=1000, # Bootstrap draws
     seed:int=0, # Seed of the draws
 ) -> Estimate: # Value on all documents, with its percentile interval
-    "A statistic of summed per-document statistics with its 95 % bootstrap interval over documents."
-    names, stats = getattr(stats, 'columns', None), np.asarray(stats, dtype=np.float64)
-    check(stats.ndim == 2 and len(stats) > 0, f'statistics of shape {stats.shape}',
-          '(n_docs, n_stats) with at least one document', 'pass a row per document')
-    n, rng = len(stats), np.random.default_rng(seed)
-    counts = rng.multinomial(n, np.full(n, 1/n), size=n_draws)
-    def of(sums):
-        if names is None: return sums
-        return SimpleNamespace(**dict(zip(names, np.moveaxis(sums, -1, 0))))
+    "A statistic of summed statistics with its 95 % bootstrap interval over documents."
+    names = list(stats)
+    columns = np.broadcast_arrays(*(np.asarray(stats[k], dtype=float) for k in names))
+    check(len(names) > 0 and columns[0].ndim == 1 and columns[0].size > 0,
+          f'columns {names} of shape {columns[0].shape if names else ()}',
+          'numbers of at least one document', 'pass a row per document')
+    table, n = np.stack(columns, 1), len(columns[0])
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), size=n_draws)
+    def of(sums): return statistic(SimpleNamespace(**dict(zip(names, sums))))
     with np.errstate(invalid='ignore', divide='ignore'):
-        draws, value = statistic(of(counts @ stats)), statistic(of(stats.sum(0)))
+        draws, value = of((counts @ table).T), of(table.sum(0))
     low, high = (np.nanquantile(draws, [.025, .975]) if np.isfinite(draws).any()
                  else (np.nan, np.nan))
     return Estimate(float(value), float(low), float(high), n)
 
+# %% ../nbs/00_core.ipynb #b70c3fb3
+def mean_of(
+    values:Any, # One number per independent unit: a document, a model, a seed
+) -> Estimate: # Their mean, with its interval over units
+    "A mean with its 95 % bootstrap interval."
+    return bootstrap(dict(total=values, n=1), lambda s: s.total/s.n)
+
 # %% ../nbs/00_core.ipynb #87105ed0
 def pearson(
-    s:np.ndarray, # (..., 6) sums: n, x, y, x*x, y*y, x*y
-) -> np.ndarray|np.floating: # (...) in [-1, 1], NaN where a variance is zero
+    n, x, y, # Sums over tokens: their number, of x, of y
+    xx, yy, xy, # Sums of x*x, of y*y, of x*y
+) -> np.ndarray|np.floating: # In [-1, 1], of the sums' shape; NaN where a variance is zero
     "Pearson's r from sums."
-    n, x, y, xx, yy, xy = np.moveaxis(np.asarray(s, dtype=np.float64), -1, 0)
+    n, x, y, xx, yy, xy = (np.asarray(v, dtype=float) for v in (n, x, y, xx, yy, xy))
     with np.errstate(invalid='ignore', divide='ignore'):
-        return (n*xy-x*y) / np.sqrt(np.maximum(n*xx-x*x, 0)*np.maximum(n*yy-y*y, 0))
+        variances = np.maximum(n*xx-x*x, 0)*np.maximum(n*yy-y*y, 0)
+        return (n*xy-x*y)/np.sqrt(variances)
 
 # %% ../nbs/00_core.ipynb #0e18f8c5
 def claim(
@@ -278,6 +287,46 @@ def claim(
     "One row of the ledger."
     e = ours if isinstance(ours, Estimate) else Estimate(float(ours), float(ours), float(ours), n)
     return dict(id=id, paper=paper, ours=e.value, low=e.low, high=e.high, n=n, unit=unit, run=run, note=note)
+
+# %% ../nbs/00_core.ipynb #cfeff510
+def store(
+    name:str, # Of the file, without `.json`
+    value:Any, # See `json_ready`
+    section:str|None=None, # Write this part of the file and keep the others
+    folder:str|Path='results', # Chapters run in `nbs/`
+) -> Path: # The file written
+    "Store a result; only `make results` does."
+    path = Path(folder)/f'{name}.json'
+    if section is None: return write_json(path, value)
+    others = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    return write_json(path, others | {section: value})
+
+def stored(
+    name:str, # Of the file, without `.json`
+    section:str|None=None, # The part wanted; None for all
+    folder:str|Path='results', # Chapters run in `nbs/`
+) -> Any: # As `store` got it, in JSON's types
+    "A stored result."
+    path = Path(folder)/f'{name}.json'
+    check(path.is_file(), f'no {path}', 'a stored result',
+          'run `make results`, which writes them', FileNotFoundError)
+    value = json.loads(path.read_text(encoding='utf-8'))
+    if section is None: return value
+    check(section in value, f'no section {section!r} in {path}', f'one of {sorted(value)}',
+          'run `make results`, which writes them', KeyError)
+    return value[section]
+
+# %% ../nbs/00_core.ipynb #c08fac91
+def ramp(
+    step:int, # Steps done
+    n_steps:int, # Steps in all
+    warmup:float, # Share of steps rising to 1
+    decay:float=0., # Share of steps falling to 0
+) -> float: # A factor in (0, 1]
+    "Linear up, flat, linear down."
+    up = (step+1)/(warmup*n_steps) if warmup else 1.
+    down = (n_steps-step)/(decay*n_steps) if decay else 1.
+    return min(1., up, down)
 
 # %% ../nbs/00_core.ipynb #c08fac94
 def progress(

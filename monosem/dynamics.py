@@ -50,7 +50,7 @@ def sets_in_plane(
 ): # A plotly figure
     "Every feature as an arrow in the plane; the members of a set share colour, dash and marker."
     from plotly.subplots import make_subplots
-    from monosem.plotting import COLORS, DASHES, MARKERS, _title
+    from monosem.plotting import COLORS, DASHES, MARKERS, wrapped
     check(model.cfg.d_hidden == 2, f'd_hidden={model.cfg.d_hidden}', '2 hidden dimensions', 'use `toy.gram_and_norms` for more')
     check(len(names) == model.cfg.n_inst, f'{len(names)} names', f'one for each of {model.cfg.n_inst} instances', 'give as many')
     cols = len(names) if len(names) <= 4 else min(4, -(-len(names)//2))
@@ -65,7 +65,7 @@ def sets_in_plane(
         fig.update_xaxes(range=[-1.35, 1.35], **at)
         fig.update_yaxes(range=[-1.35, 1.35], scaleanchor=f'x{i+1 if i else ""}', **at)
     fig.update_xaxes(showticklabels=False, ticks='', zeroline=True).update_yaxes(showticklabels=False, ticks='')
-    return fig.update_layout(title=_title(title), showlegend=False, height=130+200*rows, margin=dict(t=130, b=10, l=10, r=10))
+    return fig.update_layout(title=wrapped(title), showlegend=False, height=130+200*rows, margin=dict(t=130, b=10, l=10, r=10))
 
 # %% ../nbs/02c_dynamics.ipynb #a316196d
 def n_collapsed(
@@ -133,7 +133,7 @@ def weights_over_training(
 ): # A plotly figure
     "The features' directions in space at every position of a slider, over the loss curve with the same moment marked."
     from plotly.subplots import make_subplots
-    from monosem.plotting import COLORS, GRID, INK, MARKERS, _title
+    from monosem.plotting import COLORS, GRID, INK, MARKERS, wrapped
     check(W.shape[1] == 3, f'{W.shape[1]} hidden dimensions', '3, those of space', 'train with d_hidden=3')
     fig = make_subplots(rows=2, cols=1, specs=[[dict(type='scene')], [dict(type='xy')]], row_heights=[.66, .34], vertical_spacing=.05)
     for i,t in enumerate(_arrows(W[0], set_size)):
@@ -151,7 +151,7 @@ def weights_over_training(
                       updatemenus=[dict(type='buttons', x=0, y=0, xanchor='left', yanchor='top', pad=dict(t=75), showactive=False, bgcolor='rgba(128,128,128,.2)', buttons=[dict(to(None, 120), label='play')])])
     axis = dict(range=[-1.05, 1.05], title='', showticklabels=False, gridcolor=GRID, zerolinecolor=INK, showbackground=False)
     fig.update_xaxes(title='step').update_yaxes(title='loss', type='log', dtick=1)
-    return fig.update_layout(title=_title(title), height=720, legend=dict(x=0, y=1, orientation='v'), scene=dict(xaxis=axis, yaxis=axis, zaxis=axis, aspectmode='cube', bgcolor='rgba(0,0,0,0)', camera=dict(eye=dict(x=1.05, y=.85, z=.6))))
+    return fig.update_layout(title=wrapped(title), height=720, legend=dict(x=0, y=1, orientation='v'), scene=dict(xaxis=axis, yaxis=axis, zaxis=axis, aspectmode='cube', bgcolor='rgba(0,0,0,0)', camera=dict(eye=dict(x=1.05, y=.85, z=.6))))
 
 # %% ../nbs/02c_dynamics.ipynb #d6e1bfe9
 def step_height(
@@ -199,7 +199,7 @@ def dimensionality_over_training(
 ): # A plotly figure
     "The loss over the dimensionality of every feature; the windows in which the loss falls fastest are shaded."
     from plotly.subplots import make_subplots
-    from monosem.plotting import COLORS, DASHES, INK, _title
+    from monosem.plotting import COLORS, DASHES, INK, wrapped
     fig = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[.3, .7], vertical_spacing=.04)
     x = dict(x0=int(steps[0]), dx=int(steps[1]-steps[0]))
     short = lambda v: [float(f'{a:.4g}') for a in v]
@@ -213,4 +213,4 @@ def dimensionality_over_training(
     for name,v in levels.items(): fig.add_hline(v, line=dict(color=INK, dash='dot', width=1), annotation_text=name, annotation_position='top right', row=2, col=1)
     fig.update_yaxes(title='loss', row=1, **(dict(type='log', dtick=1) if losses.max() > 4*losses.min() else {})).update_yaxes(title='dimensionality D', range=[0, float(D.max())*1.05], row=2)
     fig.update_xaxes(title='step', row=2)
-    return fig.update_layout(title=_title(title), height=520, legend=dict(y=-.14))
+    return fig.update_layout(title=wrapped(title), height=520, legend=dict(y=-.14))

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from .core import Estimate, bootstrap, progress
-from .corpus import TokenWindows
+from .tokens import TokenWindows
 from .hooked import HookedModel, fitting, kept, mean_acts, only_at, token_ids
 from .sae import SAE
 

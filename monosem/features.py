@@ -23,7 +23,7 @@ from torch.utils.data import RandomSampler
 
 from .activations import ArrayStream, as_stream
 from .core import check, progress
-from .corpus import TokenWindows, show_token, token_bytes
+from .tokens import TokenWindows, show_token, token_bytes
 from .hooked import HookedModel, at_hook, fitting, kept, token_ids
 from .sae import SAE
 

@@ -59,7 +59,7 @@ def dimensionality_scatter(
 ): # A plotly figure
     "Dimensionality of every feature against rarity, over the lines of the polytopes and the curve of the dimensions per feature."
     import plotly.graph_objects as go
-    from monosem.plotting import COLORS, INK, _title
+    from monosem.plotting import COLORS, INK, wrapped
     fig = go.Figure()
     for name,f in FRACTIONS.items():
         fig.add_hline(y=f, line=dict(color=INK, width=1, dash='dot'))
@@ -69,7 +69,7 @@ def dimensionality_scatter(
                     hovertemplate='rarity %{x}: Dᵢ = %{y}<extra></extra>')
     fig.add_scatter(x=[float(r) for r in rarity], y=[round(float(d), 3) for d in dims], mode='lines+markers', name='D*, dimensions per feature',
                     line=dict(color=COLORS[1], dash='dash'), marker=dict(symbol='diamond', size=5), hovertemplate='rarity %{x}: D* = %{y}<extra></extra>')
-    return fig.update_layout(title=_title(title), height=480, xaxis=dict(title='rarity 1/p', type='log', tickvals=[1, 2, 5, 10, 20, 50, 100]), yaxis=dict(title='dimensions', range=[0, 1.06]))
+    return fig.update_layout(title=wrapped(title), height=480, xaxis=dict(title='rarity 1/p', type='log', tickvals=[1, 2, 5, 10, 20, 50, 100]), yaxis=dict(title='dimensions', range=[0, 1.06]))
 
 # %% ../nbs/02b_geometry.ipynb #1d64625d
 POLYTOPES = {(1, 1): 'dedicated', (1, 2): 'digon', (2, 3): 'triangle', (3, 4): 'tetrahedron', (2, 5): 'pentagon', (3, 8): 'square antiprism',
@@ -132,7 +132,7 @@ def draw_polytopes(
 ): # A plotly figure
     "Trained vertices (dots) on the edges of ideal polytopes (grey), a scene each, two in a row."
     from plotly.subplots import make_subplots
-    from monosem.plotting import COLORS, INK, _title
+    from monosem.plotting import COLORS, INK, wrapped
     rows = -(-len(trained)//2)
     fig = make_subplots(rows=rows, cols=2, specs=[[{'type': 'scene'}]*2]*rows, subplot_titles=list(trained), horizontal_spacing=.01, vertical_spacing=.05)
     def path(points, pairs): return [[c for a,b in pairs for c in (points[k][a], points[k][b], None)] for k in range(3)]
@@ -151,7 +151,7 @@ def draw_polytopes(
     off = dict(visible=False, range=[-1.05, 1.05])
     eye = dict(x=.6, y=-1.15, z=.95)
     fig.update_scenes(xaxis=off, yaxis=off, zaxis=off, aspectmode='cube', camera=dict(eye=eye), bgcolor='rgba(0,0,0,0)')
-    return fig.update_layout(title=_title(title), showlegend=False, height=230*rows+110, margin=dict(l=0, r=0, t=110, b=0))
+    return fig.update_layout(title=wrapped(title), showlegend=False, height=230*rows+110, margin=dict(l=0, r=0, t=110, b=0))
 
 # %% ../nbs/02b_geometry.ipynb #d2f6463b
 @torch.no_grad()

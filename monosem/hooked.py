@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from .core import check, make_generator
-from .corpus import EOT, TokenWindows, _n_ids, plain_tokenizer, tokenizer_hash
+from .tokens import EOT, TokenWindows, _n_ids, plain_tokenizer, tokenizer_hash
 from .transformer import (final_resid, is_ours, loss_nats, mlp_acts, weights,
                                  weights_hash)
 

@@ -101,7 +101,7 @@ def directions_strip(
 ): # A plotly figure
     "Examples (above) and features (below) as lines from the origin of the hidden plane, every panel at its own scale."
     from plotly.subplots import make_subplots
-    from monosem.plotting import COLORS, _title
+    from monosem.plotting import COLORS, wrapped
     check(len(points) == len(feats) == len(names), f'{len(points)} panels of examples, {len(feats)} of features, {len(names)} names', 'as many of each', 'give as many')
     fig = make_subplots(rows=2, cols=len(names), subplot_titles=names, horizontal_spacing=.02, vertical_spacing=.12)
     for row,(what, vectors, color) in enumerate((('example', points, COLORS[0]), ('feature', feats, COLORS[1]))):
@@ -116,4 +116,4 @@ def directions_strip(
             fig.update_yaxes(range=[-1.15*r, 1.15*r], scaleanchor=f'x{k if k > 1 else ""}', row=row+1, col=col+1)
     fig.update_xaxes(showticklabels=False, ticks='', showgrid=False, constrain='domain').update_yaxes(showticklabels=False, ticks='', showgrid=False, constrain='domain')
     fig.update_yaxes(title='examples', row=1, col=1).update_yaxes(title='features', row=2, col=1)
-    return fig.update_layout(title=_title(title), showlegend=False, height=340, margin=dict(t=90, b=30, l=30, r=10))
+    return fig.update_layout(title=wrapped(title), showlegend=False, height=340, margin=dict(t=90, b=30, l=30, r=10))

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from .core import Config, check, progress
-from .corpus import EOT, TokenWindows, show_token, token_bytes
+from .tokens import EOT, TokenWindows, show_token, token_bytes
 from .hooked import at_hook, fitting
 from .kernels import DensitySwitch, Gradients
 from .parallel import n_processes
@@ -390,7 +390,7 @@ def plot_map(
 ): # A plotly figure: colour by kind, marker by cluster
     "The examples of one unit in the plane."
     import plotly.graph_objects as go
-    from monosem.plotting import COLORS, INK, MARKERS, _title
+    from monosem.plotting import COLORS, INK, MARKERS, wrapped
     mine, names = strong.of(unit), token_bytes(tok)
     d = cosine_distances(strong.embeddings(unit, mine))
     labels, place, kind = cluster(d, cfg), flat_map(d), windows.kind.ravel()[strong.at[mine]]
@@ -407,7 +407,7 @@ def plot_map(
         if len(at): fig.add_scatter(x=[None], y=[None], mode='lines', name=name, line=dict(color=color, width=8))
     for c in range(min(6, labels.max(initial=-1)+1)):
         fig.add_scatter(x=[None], y=[None], mode='markers', name=f'cluster {c}' if c < 5 else 'smaller ones', marker=dict(color=INK, symbol=MARKERS[c], size=9))
-    return fig.update_layout(title=_title(title or f'{strong.units.name}/{unit}: {labels.max(initial=-1)+1} clusters'), height=520, yaxis=dict(scaleanchor='x', title='second coordinate'),
+    return fig.update_layout(title=wrapped(title or f'{strong.units.name}/{unit}: {labels.max(initial=-1)+1} clusters'), height=520, yaxis=dict(scaleanchor='x', title='second coordinate'),
                              xaxis_title=f'first coordinate (plane keeps {place.kept:.0%})')
 
 # %% ../nbs/15_neuron_embeddings.ipynb #9fe90a14

@@ -165,7 +165,7 @@ def phase_maps(
 ): # A plotly figure
     "Maps of phases side by side, the closed-form boundary on top; hovering tells the loss of every strategy."
     from plotly.subplots import make_subplots
-    from monosem.plotting import COLORS, DASHES, INK, _title
+    from monosem.plotting import COLORS, DASHES, INK, wrapped
     check(len(maps) <= len(n_feats), f'{len(maps)} maps and n_feats={tuple(n_feats)}', 'a number of features for each map', 'give as many')
     colors = [INK, *(COLORS[i] for i in (0, 2, 5, 3, 4))]
     fig = make_subplots(rows=1, cols=len(maps), subplot_titles=list(maps), shared_yaxes=True, horizontal_spacing=.04)
@@ -178,7 +178,7 @@ def phase_maps(
     fig.update_xaxes(title='density p', autorange='reversed', tickvals=[0, -.5, -1, -1.5, -2], ticktext=['1', '.3', '.1', '.03', '.01'], showgrid=False, zeroline=False)
     fig.update_yaxes(tickvals=[-1, -.5, 0, .5, 1], ticktext=['0.1', '0.3', '1', '3', '10'], showgrid=False, zeroline=False)
     fig.update_yaxes(title='importance r', col=1)
-    return fig.update_layout(title=_title(title), height=480, margin=dict(t=100, b=150), legend=dict(yref='container', y=.01, yanchor='bottom', entrywidth=115))
+    return fig.update_layout(title=wrapped(title), height=480, margin=dict(t=100, b=150), legend=dict(yref='container', y=.01, yanchor='bottom', entrywidth=115))
 
 # %% ../nbs/02a_phases.ipynb #5350a617
 def relax(

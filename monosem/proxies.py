@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Integer
 from tokenizers import Tokenizer
 
 from .core import Estimate, bootstrap, check, pearson
-from .corpus import TokenWindows, token_bytes
+from .tokens import TokenWindows, token_bytes
 from .features import feature_pass, logit_weights, restrict, top_tokens
 from .hooked import fitting
 from .plotting import histogram
@@ -160,7 +160,7 @@ def correlate(
         sums[-1] += y[0]@x.square_()
     n, y = float(mask.sum()), (targets & mask).sum((1, 2))[:, None].astype(float)
     x, yx, xx = sums[0].numpy(), sums[1:-1].numpy(), sums[-1].numpy()
-    r = pearson(np.stack([np.broadcast_to(v, yx.shape) for v in (n, x, y, xx, y, yx)], -1))
+    r = pearson(n, x, y, xx, y, yx)
     return Correlations(r[:, :n_feats], r[:, n_feats:])
 
 # %% ../nbs/10_proxies.ipynb #b298790e
@@ -251,8 +251,8 @@ def _measure(
                    fires_inside=fires*y, strong=strong, strong_inside=strong*y,
                    strong_of_kind=strong*t.of_kind.to_numpy(float))
     s = pd.DataFrame(columns, index=t.index, dtype=float).groupby(t.doc.to_numpy()).sum()
-    def r(u): return pearson(np.stack([u.n, u.a, u.y, u.aa, u.y, u.ay], -1))
-    def r_neuron(u): return pearson(np.stack([u.n, u.b, u.y, u.bb, u.y, u.by], -1))
+    def r(u): return pearson(u.n, u.a, u.y, u.aa, u.y, u.ay)
+    def r_neuron(u): return pearson(u.n, u.b, u.y, u.bb, u.y, u.by)
     return FeatureTest(
         name, feature, neuron, n_tokens=len(t),
         n_docs=int(t.doc[t.inside & t.of_kind].nunique()), base_rate=float(y.mean()),

@@ -21,8 +21,9 @@ from .activations import ActivationStream, StreamConfig
 from .checkpoints import Checkpoints
 from .core import (Config, Estimate, check, content_hash, load_artefact, replacing,
                           run_record, write_json)
-from .corpus import (Corpus, Mixture, TokenWindows, _data_folder, load_corpus,
-                            load_tokenizer, manifest, token_windows, train_tokenizer)
+from .corpus import Corpus, _data_folder, load_corpus, manifest
+from .tokens import (Mixture, TokenWindows, load_tokenizer, token_windows,
+                            train_tokenizer)
 from .evaluation import evaluate
 from .hooked import at_hook
 from .proxies import FeatureTest, test_contexts, tests_table

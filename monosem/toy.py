@@ -332,7 +332,7 @@ def gram_and_norms(
 ): # A plotly figure
     "W^T W as a heat map over bars of the features' norms, coloured by interference."
     from plotly.subplots import make_subplots
-    from monosem.plotting import _title
+    from monosem.plotting import wrapped
     W, k = model.W, model.cfg.n_inst
     check(len(names) == k, f'{len(names)} names', f'one for each of {k} instances', 'give as many')
     fig = make_subplots(rows=2, cols=k, subplot_titles=names, vertical_spacing=.04, horizontal_spacing=.02, row_heights=[.5, .5])
@@ -348,7 +348,7 @@ def gram_and_norms(
     fig.update_yaxes(title='feature, by importance', col=1)
     fig.update_xaxes(title='norm', row=2)
     bar = dict(thickness=10, len=.45, x=1.01, outlinewidth=0)
-    return fig.update_layout(title=_title(title), showlegend=False, height=520, bargap=.05, margin=dict(t=100),
+    return fig.update_layout(title=wrapped(title), showlegend=False, height=520, bargap=.05, margin=dict(t=100),
                              coloraxis=dict(colorscale='RdBu_r', cmid=0, cmin=-1, cmax=1, colorbar=dict(**bar, y=.78, title='WᵀW')),
                              coloraxis2=dict(colorscale='Viridis', cmin=0, cmax=1, colorbar=dict(**bar, y=.22, title='shared')))
 
@@ -360,7 +360,7 @@ def weights_in_plane(
 ): # A plotly figure
     "Every feature as an arrow in the plane of the two hidden dimensions."
     from plotly.subplots import make_subplots
-    from monosem.plotting import COLORS, _title
+    from monosem.plotting import COLORS, wrapped
     check(model.cfg.d_hidden == 2, f'd_hidden={model.cfg.d_hidden}', '2 hidden dimensions', 'use `gram_and_norms` for more')
     k = model.cfg.n_inst
     check(len(names) == k, f'{len(names)} names', f'one for each of {k} instances', 'give as many')
@@ -371,7 +371,7 @@ def weights_in_plane(
                             hovertemplate=f'feature {j}: (%{{x:.2f}}, %{{y:.2f}})<extra></extra>', row=1, col=i+1)
         fig.update_xaxes(range=[-1.3, 1.3], showticklabels=False, ticks='', zeroline=True, row=1, col=i+1)
         fig.update_yaxes(range=[-1.3, 1.3], showticklabels=False, ticks='', scaleanchor=f'x{i+1 if i else ""}', row=1, col=i+1)
-    return fig.update_layout(title=_title(title), showlegend=False, height=300, margin=dict(t=90, b=20, l=20, r=10)).update_annotations(font_size=12)
+    return fig.update_layout(title=wrapped(title), showlegend=False, height=300, margin=dict(t=90, b=20, l=20, r=10)).update_annotations(font_size=12)
 
 # %% ../nbs/02_toy_models.ipynb #408103c1
 def superposition_bars(
@@ -382,13 +382,13 @@ def superposition_bars(
     "Norms of the features stacked per instance, coloured by interference: blue alone, yellow shared."
     import plotly.graph_objects as go
     from plotly.colors import sample_colorscale
-    from monosem.plotting import _title
+    from monosem.plotting import wrapped
     check(len(names) == model.cfg.n_inst, f'{len(names)} names', f'one for each of {model.cfg.n_inst} instances', 'give as many')
     norm, shared = model.W.norm(dim=1).numpy().round(3), interference(model.W).numpy().round(3)
     fig = go.Figure([go.Bar(x=names, y=norm[:, j], customdata=shared[:, j], marker=dict(color=sample_colorscale('Viridis', shared[:, j].clip(0, 1).tolist()), line=dict(width=[.3*(v > .05) for v in norm[:, j]], color='#7a7a7a')),
                             hovertemplate=f'feature {j}: norm %{{y:.2f}}, interference %{{customdata:.2f}}<extra></extra>') for j in range(model.cfg.n_feats)])
     fig.add_scatter(x=[names[0]], y=[0], mode='markers', marker=dict(size=.1, color=[0], colorscale='Viridis', cmin=0, cmax=1, showscale=True, colorbar=dict(title='shared', thickness=10)), hoverinfo='skip')
-    return fig.update_layout(title=_title(title), barmode='stack', showlegend=False, height=420, xaxis=dict(title='density p', type='category'), yaxis_title='norms, stacked')
+    return fig.update_layout(title=wrapped(title), barmode='stack', showlegend=False, height=420, xaxis=dict(title='density p', type='category'), yaxis_title='norms, stacked')
 
 # %% ../nbs/02_toy_models.ipynb #fd920c66
 def _portrait(model:ToyModel) -> list:

@@ -26,7 +26,7 @@ from torch import Tensor
 from .checkpoints import Checkpoints, StopSignals, pack_weights, unpack_weights
 from .core import (Config, check, load_artefact, make_generator, pick_device, progress,
                           run_record, save_artefact)
-from .corpus import TokenWindows
+from .tokens import TokenWindows
 
 # %% ../nbs/04_transformer.ipynb #79d5c185
 @dataclass(frozen=True)

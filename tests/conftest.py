@@ -19,5 +19,5 @@ def mini():
 
 @pytest.fixture(scope='session')
 def tok():
-    from monosem.corpus import load_tokenizer
+    from monosem.tokens import load_tokenizer
     return load_tokenizer()

@@ -14,7 +14,7 @@ import monosem
 from monosem.checkpoints import (Checkpoints, differences, load_checkpoint, pack_weights, save_checkpoint,
                                  unpack_weights)
 from monosem.core import (Config, Estimate, bootstrap, claim, content_hash, json_ready, load_artefact, make_generator,
-                          pearson, pick_device, replacing, save_artefact, write_json)
+                          mean_of, pearson, pick_device, replacing, save_artefact, store, stored, write_json)
 
 
 def _configs():
@@ -94,27 +94,30 @@ def test_an_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_pat
 
 def test_a_bootstrap_knows_columns_by_name():
     s = pd.DataFrame(dict(a=[1., 2., 3.], n=[1., 1., 2.]))
-    assert bootstrap(s, lambda t: t.a/t.n) == bootstrap(s.to_numpy(), lambda t: t[..., 0]/t[..., 1])
+    assert bootstrap(s, lambda t: t.a/t.n) == bootstrap(dict(n=s.n, a=s.a), lambda t: t.a/t.n)
+    assert bootstrap(dict(a=[1., 2.], n=1), lambda t: t.a/t.n) == mean_of([1, 2])
     e = bootstrap(s, lambda t: t.a/t.n)
     assert e.value == 6/4 and e.low <= e.value <= e.high and e.n == 3
     one = bootstrap(s[:1], lambda t: t.a/t.n)
     assert one == Estimate(1., 1., 1., 1)
     assert np.isnan(bootstrap(s*0, lambda t: t.a/t.n).low)
     with pytest.raises(ValueError, match='at least one document'): bootstrap(s[:0], lambda t: t.a)
+    for bad in ({}, dict(n=1), dict(a=np.ones((2, 2)))):
+        with pytest.raises(ValueError, match='pass a row per document'): bootstrap(bad, len)
 
 
 def test_an_interval_is_the_middle_95_per_cent_of_the_draws():
     x = np.zeros(1000); x[:300] = 1
-    e = bootstrap(np.stack([x, np.ones(1000)], 1), lambda s: s[..., 0]/s[..., 1], n_draws=4000)
+    e = bootstrap(dict(x=x, n=1), lambda s: s.x/s.n, n_draws=4000)
     assert abs((e.high-e.low)-2*1.96*(.3*.7/1000)**.5) < .006 and e.value == .3  # binomial
 
 
 def test_pearson_is_that_of_numpy_and_undefined_without_variance():
     x, y = np.random.default_rng(0).normal(size=(2, 50))
     y += x
-    sums = lambda x, y: np.array([len(x), x.sum(), y.sum(), (x*x).sum(), (y*y).sum(), (x*y).sum()])
-    assert np.isclose(pearson(sums(x, y)), np.corrcoef(x, y)[0, 1]) and np.isclose(pearson(sums(x, -x)), -1)
-    assert np.isnan(pearson(sums(np.ones(5), y[:5])))
+    def r(x, y): return pearson(len(x), x.sum(), y.sum(), (x*x).sum(), (y*y).sum(), (x*y).sum())
+    assert np.isclose(r(x, y), np.corrcoef(x, y)[0, 1]) and np.isclose(r(x, -x), -1)
+    assert np.isnan(r(np.ones(5), y[:5]))
 
 
 def test_a_claim_row_holds_its_estimate():
@@ -240,3 +243,18 @@ def test_modules_of_one_system_only_are_not_imported_at_the_top(root):
     for name, tree in _modules(root).items():
         top = {a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names} | {n.module for n in tree.body if isinstance(n, ast.ImportFrom)}
         assert not top & {'resource', 'fcntl', 'pwd', 'termios', 'msvcrt', 'winreg'}, name
+
+
+def test_sections_of_a_stored_result_are_written_one_at_a_time(tmp_path):
+    store('r', [1], 'a', tmp_path)
+    store('r', dict(n=2), 'b', tmp_path)
+    store('r', [3], 'a', tmp_path)
+    assert stored('r', folder=tmp_path) == dict(a=[3], b=dict(n=2)) and stored('r', 'a', tmp_path) == [3]
+    store('r', [4], folder=tmp_path)
+    assert stored('r', folder=tmp_path) == [4]
+
+
+def test_a_result_that_is_not_stored_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match='make results'): stored('none', folder=tmp_path)
+    store('r', 1, 'a', tmp_path)
+    with pytest.raises(KeyError, match="no section 'b'.*'a'"): stored('r', 'b', tmp_path)

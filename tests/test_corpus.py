@@ -12,10 +12,11 @@ from tokenizers import (AddedToken, Tokenizer, decoders, models, normalizers, pr
                         processors)
 
 import monosem.corpus as corpus_module
-from monosem.corpus import (EOT, Corpus, Document, Mixture, TokenWindows, draw_documents,
-                            even_cut, is_validation, load_corpus, load_tokenizer, manifest,
-                            plain_tokenizer, show_token, token_bytes, token_windows,
-                            tokenizer_hash, train_tokenizer, windows_from_ids)
+from monosem.corpus import Corpus, Document, is_validation, load_corpus, manifest
+from monosem.tokens import (EOT, Mixture, TokenWindows, draw_documents, even_cut,
+                            load_tokenizer, plain_tokenizer, show_token, token_bytes,
+                            token_windows, tokenizer_hash, train_tokenizer,
+                            windows_from_ids)
 
 
 def a_doc(text, kind='text'): return Document(kind, '-', 'here', text)

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 from monosem.activations import ActivationStore, ActivationStream, StreamConfig, store_activations
 from monosem.checkpoints import Checkpoints, differences, load_checkpoint, save_checkpoint
-from monosem.corpus import TokenWindows
+from monosem.tokens import TokenWindows
 from monosem.kernels import DensitySwitch, active_set, dense_gradients, exact_loss, sparse_gradients
 from monosem.resampling import ResampleConfig, Resampler
 from monosem.sae import SAE, SAEConfig, sae_loss
-from monosem.training import SAETrainConfig, planted, step, train_sae, train_saes
+from monosem.planted import planted
+from monosem.training import SAETrainConfig, step, train_sae, train_saes
 
 
 def _random(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -182,7 +183,7 @@ import sys, torch
 from safetensors.torch import save_file
 from monosem.activations import ActivationStream, StreamConfig
 from monosem.checkpoints import Checkpoints
-from monosem.corpus import TokenWindows
+from monosem.tokens import TokenWindows
 from monosem.parallel import join_processes, process_number, share_harvest
 from monosem.resampling import ResampleConfig, Resampler
 from monosem.sae import SAEConfig

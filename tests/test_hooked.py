@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from monosem.activations import ActivationStream, StreamConfig
-from monosem.corpus import TokenWindows, load_tokenizer, windows_from_ids
+from monosem.tokens import TokenWindows, load_tokenizer, windows_from_ids
 from monosem.evaluation import evaluate
 from monosem.features import examples, feature_pass, feature_stats, logit_weights, restrict
 from monosem.hooked import (HookedModel, NeuronModel, at_hook, fitting, kept, mean_acts, only_at,

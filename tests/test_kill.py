@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from monosem.activations import ActivationStream, StreamConfig
 from monosem.checkpoints import Checkpoints
 from monosem.core import save_artefact
-from monosem.corpus import TokenWindows
+from monosem.tokens import TokenWindows
 from monosem.resampling import ResampleConfig, Resampler
 from monosem.sae import SAEConfig
 from monosem.training import SAETrainConfig, train_saes

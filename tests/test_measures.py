@@ -126,7 +126,7 @@ def test_logit_weights_of_ours_by_hand():
 # proxies
 
 def test_unigram_adds_one_to_each_count():
-    from monosem.corpus import windows_from_ids
+    from monosem.tokens import windows_from_ids
     assert np.allclose(np.exp(unigram(windows_from_ids([[0, 0, 2]]), 4)), np.array([3, 1, 2, 1])/7)
 
 
@@ -138,7 +138,7 @@ def test_a_string_needs_as_many_tokens_as_its_context_asks_for():
 
 
 def test_each_context_has_its_kinds_and_its_proxy(mini, tok):
-    from monosem.corpus import Mixture, token_bytes, token_windows
+    from monosem.tokens import Mixture, token_bytes, token_windows
     w = token_windows(mini, tok, Mixture(budget=60_000), validation=True, spread=True, n_ctx=64)
     kinds = {c.name: set(c.kinds) for c in CONTEXTS}
     assert kinds['arabic'] == {'lang_ar', 'lang_fa', 'lang_ur'} and kinds['hebrew'] == {'lang_he'} and kinds['dna'] == {'dna'} and kinds['base64'] == {'base64'}
@@ -158,7 +158,7 @@ def test_each_context_has_its_kinds_and_its_proxy(mini, tok):
 
 def test_the_share_of_a_partial_token_is_that_of_its_occurrences(tok):
     "A byte that begins Arabic letters in two places of three."
-    from monosem.corpus import token_bytes, windows_from_ids
+    from monosem.tokens import token_bytes, windows_from_ids
     names = [b'\xd8', b'\xd9', b'\xa8', b'a', b' \xd8', b'\xbf']
     rows = [[0, 2, 3, 3], [1, 2, 0, 2], [4, 2, 3, 3]]  # \xd8\xa8 and \xd9\xa8 are Arabic
     share = script_share(windows_from_ids(rows), names, 'arabic')

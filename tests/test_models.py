@@ -6,12 +6,13 @@ from hypothesis import given, settings, strategies as st
 
 from monosem.activations import ActivationStream, StreamConfig
 from monosem.core import load_artefact, save_artefact
-from monosem.corpus import Mixture, TokenWindows, token_windows
+from monosem.tokens import Mixture, TokenWindows, token_windows
 from monosem.features import restrict
 from monosem.hooked import sample
 from monosem.resampling import resample_dead
 from monosem.sae import SAE, SAEConfig, load_sae, normalize_decoder, remove_parallel_gradient, sae_loss, save_sae
-from monosem.training import SAETrainConfig, planted, train_sae
+from monosem.planted import planted
+from monosem.training import SAETrainConfig, train_sae
 from monosem.transformer import (LMTrainConfig, TransformerConfig, build_transformer, cosine_schedule, final_resid, load_transformer, loss_nats,
                                  save_transformer, train_transformer, weights)
 

@@ -13,7 +13,8 @@ from monosem.checkpoints import Checkpoints
 from monosem.neuron_embeddings import (ClusterConfig, Monosemanticity, MonosemanticGradients, Units, agreement, cluster, cluster_stats, cosine_distances, effective_number,
                                        flat_map, polysemy, strong_examples, token_importance)
 from monosem.sae import SAE, SAEConfig
-from monosem.training import SAETrainConfig, TrainState, pack_state, planted, train_sae, unpack_state
+from monosem.planted import planted
+from monosem.training import SAETrainConfig, TrainState, pack_state, train_sae, unpack_state
 
 few = st.integers(0, 12).flatmap(lambda n: hnp.arrays(np.float64, (n, 3), elements=st.floats(-1e6, 1e6, allow_subnormal=False)))
 
@@ -105,7 +106,7 @@ def test_a_checkpoint_of_another_weight_is_refused(tmp_path):
 
 
 def test_examples_do_not_depend_on_the_batch(mini, tok):
-    from monosem.corpus import Mixture, token_windows
+    from monosem.tokens import Mixture, token_windows
     from monosem.neuron_embeddings import neurons_of
     from monosem.transformer import load_transformer
     units, windows = neurons_of(load_transformer('A', 'cpu')), token_windows(mini, tok, Mixture(budget=12_000), validation=True, spread=True)

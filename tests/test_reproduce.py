@@ -10,7 +10,8 @@ import torch
 from monosem.activations import StreamConfig
 from monosem.cli import main
 from monosem.core import load_artefact
-from monosem.corpus import Corpus, Document, Mixture, is_validation, load_tokenizer, token_windows
+from monosem.corpus import Corpus, Document, is_validation
+from monosem.tokens import Mixture, load_tokenizer, token_windows
 from monosem.hooked import at_hook, fitting
 from monosem import proxies
 from monosem.proxies import CONTEXTS, Context, halves, level_curve, proxy, script_proxy, spectrum
@@ -120,7 +121,8 @@ def test_a_run_knows_what_belongs_together(micro, tmp_path, tok):
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(micro, tmp_path):
-    from monosem.corpus import load_corpus, train_tokenizer
+    from monosem.corpus import load_corpus
+    from monosem.tokens import train_tokenizer
     from monosem.evaluation import evaluate
     other = train_tokenizer(load_corpus('mini'), Mixture(seed=5), 512, 50_000)
     model, sae = load_transformer(micro/'A', 'cpu'), load_sae(micro/'A-1', 'cpu')
@@ -174,7 +176,7 @@ def test_the_script_proxy_is_the_log_ratio_and_never_positive_without_the_script
 @pytest.mark.parametrize('n', [50, 257, 1000])
 def test_latin_text_is_in_no_script(tok, n):
     docs = [Document('text', '-', '-', 'abc def '*n)]
-    from monosem.corpus import windows_from_ids
+    from monosem.tokens import windows_from_ids
     w = windows_from_ids(np.array([tok.encode('abc def '*n).ids[:2*n]]), tok)
     for script in ('arabic', 'hebrew', 'cyrillic'): assert not (proxy(script, w, tok) > 0).any()
 
@@ -184,7 +186,7 @@ def test_a_planted_feature_is_selected_and_measured_on_the_other_half(tok):
     from monosem.hooked import HookedModel
     from monosem.sae import SAE, SAEConfig
     rng = np.random.default_rng(0)
-    from monosem.corpus import TokenWindows
+    from monosem.tokens import TokenWindows
     arabic = tok.encode('ال').ids[0]
     tokens = np.where(rng.random((40, 16)) < .2, arabic, rng.integers(300, 600, (40, 16))).astype(np.uint16)
     tokens[(tokens != arabic) & np.isin(tokens, np.flatnonzero([not (tok.id_to_token(i) or '').isascii() for i in range(8192)]))] = tok.encode('cat').ids[0]

@@ -8,13 +8,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from monosem.activations import (ActivationStore, ActivationStream, ArrayStream, GivenBatches,
                                  StreamConfig, as_stream, neighbour_excess, store_activations)
 from monosem.checkpoints import Checkpoints, load_checkpoint
-from monosem.corpus import windows_from_ids
+from monosem.tokens import windows_from_ids
 from monosem.features import vector_stats
 from monosem.kernels import DensitySwitch, dense_gradients
+from monosem.core import ramp
+from monosem.planted import planted
 from monosem.resampling import ResampleConfig, Resampler
 from monosem.sae import SAE, SAEConfig
-from monosem.training import (SAETrainConfig, TrainState, pack_state, planted, ramp, step,
-                              train_sae, train_saes, unpack_state)
+from monosem.training import (SAETrainConfig, TrainState, pack_state, step, train_sae,
+                              train_saes, unpack_state)
 
 SHAPE = SAEConfig(6, 10, l1=.1)
 

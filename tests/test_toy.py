@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from monosem.core import make_generator
 from monosem.geometry import dimensionality_scatter
 from monosem.phases import PHASES, phase_maps
-from monosem.recovery import matched_cosine
+from monosem.planted import matched_cosine
 from monosem.toy import (Anticorrelated, Correlated, Points, Signed, Sparse, ToyConfig, ToyModel, ToyTrainConfig, best_of, evaluate_toy, explore,
                          importance, interference, linear_loss, superposition_bars, toy_loss, train_toy)
 

@@ -8,7 +8,7 @@ import torch
 import monosem.transformer as T
 from monosem.checkpoints import Checkpoints
 from monosem.core import load_artefact
-from monosem.corpus import windows_from_ids
+from monosem.tokens import windows_from_ids
 from monosem.hooked import HookedModel, NeuronModel, at_hook, fitting, sample
 from monosem.transformer import (LMTrainConfig, TransformerConfig, build_transformer, cosine_schedule, final_resid, is_ours,
                                  load_transformer, loss_nats, mean_loss, mlp_acts, save_transformer, train_transformer, weights)

@@ -125,10 +125,11 @@ def test_a_plain_text_that_cannot_be_read_is_named(tmp_path):
 
 def test_files_are_read_alike_whatever_the_machine_prefers():
     "An encoding that is left to the machine is another one on Windows."
-    code = ('from monosem.corpus import load_corpus, load_tokenizer, manifest\n'
+    code = ('from monosem.corpus import load_corpus, manifest\nfrom monosem.tokens import load_tokenizer\n'
             'import pathlib, tempfile; p = pathlib.Path(tempfile.mkdtemp())/"a.txt"\n'
             'p.write_bytes(b"a"); load_corpus(p); load_corpus(); load_tokenizer(); manifest()')
-    flags = ['-X', 'warn_default_encoding', '-W', 'error::EncodingWarning:monosem.corpus']
+    flags = ['-X', 'warn_default_encoding', *(a for module in ('corpus', 'tokens')
+             for a in ('-W', f'error::EncodingWarning:monosem.{module}'))]
     subprocess.run([sys.executable, *flags, '-c', code], check=True)
 
 

@@ -15,97 +15,140 @@ from pathlib import Path
 from . import __version__
 
 # %% ../nbs/18_cli.ipynb #c7629540
+def _say(line:str) -> None: print(line, flush=True)
+
 def _reproduce(a:argparse.Namespace) -> None:
     "Run the chain, then ship and render where this is a checkout."
     from dataclasses import replace
     from monosem.corpus import _data_folder
-    from monosem.reproduce import SCALES, report, reproduce, ship
+    from monosem.reproduce import SCALES, report, reproduce
+    start, scale = time.time(), SCALES[a.scale]
+    if a.corpus is not None: scale = replace(scale, corpus=a.corpus)
+    results = reproduce(scale, a.out, a.device, _say)
+    root, run = _data_folder().parent, Path(a.out)/scale.name
+    checkout = (root/'nbs').is_dir()
+    if checkout and a.scale == 'small' and a.corpus is None: _ship(run, root, a.assets)
+    memory = results['peak_memory_gb'] or 'unknown'
+    _say(f'\n{report(results)}\nall of it in {run}; {time.time()-start:.0f} s, '
+         f'peak memory {memory} GB\n')
+    if checkout and not a.no_site: _render(root)
+
+def _ship(run:Path, root:Path, replace_old:bool) -> None:
+    "Store the models of a run as the package's, if it has none or is told to."
+    from monosem.reproduce import ship
+    written = ship(run, root/'monosem/assets', replace_old)
+    _say('[assets] written to monosem/assets' if written else
+         '[assets] monosem/assets kept as shipped (--assets replaces them)')
+
+def _render(root:Path) -> None:
+    "Render the site of a checkout."
     from monosem.site import build_site
     start = time.time()
-    scale = SCALES[a.scale] if a.corpus is None else replace(SCALES[a.scale], corpus=a.corpus)
-    results = reproduce(scale, a.out, a.device, lambda line: print(line, flush=True))
-    root = _data_folder().parent
-    if (root/'nbs').is_dir() and a.scale == 'small' and a.corpus is None:
-        print('[assets] written to monosem/assets' if ship(Path(a.out)/scale.name, root/'monosem/assets', a.assets) else
-              '[assets] monosem/assets kept as shipped (--assets replaces them)', flush=True)
-    print(f'\n{report(results)}\nall of it in {Path(a.out)/scale.name}; {time.time()-start:.0f} s, peak memory {results["peak_memory_gb"] or "unknown"} GB\n', flush=True)
-    if (root/'nbs').is_dir() and not a.no_site:
-        t = time.time()
-        print(f'[site] {build_site(root)}/index.html rendered in {time.time()-t:.0f} s', flush=True)
+    _say(f'[site] {build_site(root)}/index.html rendered in {time.time()-start:.0f} s')
 
-# %% ../nbs/18_cli.ipynb #42d21149
-def _given(a:argparse.Namespace, **names) -> dict:
-    "Options that were given, under the names of a configuration's fields; the rest are its defaults."
-    return {field: getattr(a, option) for field, option in names.items()
-            if getattr(a, option) is not None}
+# %% ../nbs/18_cli.ipynb #42d2114a
+def _given(a:argparse.Namespace, *same, **names) -> dict:
+    "Options that were given, as fields of a configuration; the rest are its defaults."
+    names = dict(zip(same, same)) | names
+    given = {field: getattr(a, option) for field, option in names.items()}
+    return {field: value for field, value in given.items() if value is not None}
+
+def _configurations(a:argparse.Namespace, d_in:int, tok) -> tuple:
+    "How activations are drawn, which dictionaries, how they are trained and revived."
+    from monosem.activations import StreamConfig
+    from monosem.resampling import ResampleConfig
+    from monosem.sae import SAEConfig
+    from monosem.tokens import EOT
+    from monosem.training import SAETrainConfig
+    draws = _given(a, 'batch', 'block', 'per_window', 'passes')
+    if a.skip_mark: draws['skip_tokens'] = (tok.token_to_id(EOT),)
+    shared = dict(d_in=d_in, **_given(a, 'seed', 'start'))
+    cfgs = [SAEConfig(n_feats=n, l1=l1, **shared)
+            for n in a.features or [SAEConfig.n_feats] for l1 in a.l1 or [SAEConfig.l1]]
+    cfg = SAETrainConfig(**_given(a, 'lr', 'warmup', 'decay', 'rewarm', 'l1_warmup',
+                                  'clip', 'dead_window'))
+    revive = _given(a, 'pool', at='resample_at', window='dead_window')
+    if 'at' in revive: revive['at'] = tuple(revive['at'])
+    return StreamConfig(**draws), cfgs, cfg, ResampleConfig(**revive)
 
 def _its_tokenizer(a:argparse.Namespace) -> str|None:
     "The tokenizer asked for, else the one beside the model, else the shipped one."
     beside = Path(a.model).parent/'tokenizer.json'
-    return a.tokenizer or (str(beside) if Path(a.model).is_dir() and beside.is_file() else None)
+    found = Path(a.model).is_dir() and beside.is_file()
+    return a.tokenizer or (str(beside) if found else None)
 
-def _train(a:argparse.Namespace) -> None:
-    "Train dictionaries of several sizes and coefficients on one stream of a model's neurons."
-    from monosem.activations import ActivationStore, ActivationStream, StreamConfig, store_activations
-    from monosem.checkpoints import Checkpoints
-    from monosem.core import check, pick_device, run_record
+def _windows(a:argparse.Namespace, tok, n_ctx:int):
+    "The text asked for, in windows."
     from monosem.corpus import load_corpus
-    from monosem.tokens import EOT, Mixture, load_tokenizer, token_windows
+    from monosem.tokens import Mixture, token_windows
+    mixture = Mixture(**_given(a, budget='tokens'))
+    return token_windows(load_corpus(a.corpus), tok, mixture, n_ctx=n_ctx)
+
+# %% ../nbs/18_cli.ipynb #42d21149
+def _train(a:argparse.Namespace) -> None:
+    "Train dictionaries of several sizes and coefficients on one stream."
+    from monosem.activations import ActivationStore, ActivationStream, store_activations
+    from monosem.checkpoints import Checkpoints
+    from monosem.core import check, pick_device
     from monosem.hooked import at_hook, fitting
-    from monosem.parallel import join_processes, n_processes, process_number, share_harvest
-    from monosem.resampling import ResampleConfig, Resampler
-    from monosem.sae import SAEConfig, save_sae
-    from monosem.training import SAETrainConfig, train_saes
+    from monosem.parallel import join_processes, n_processes, share_harvest
+    from monosem.resampling import Resampler
+    from monosem.tokens import load_tokenizer
+    from monosem.training import train_saes
     from monosem.transformer import load_transformer
     device = pick_device(a.device)
     join_processes(device)
-    check(not (a.store and n_processes() > 1), '--store with several processes', 'one process',
-          'store first with one, then train with many')
-    at, tok = at_hook(load_transformer(a.model, device)), load_tokenizer(_its_tokenizer(a))
+    check(not (a.store and n_processes() > 1), '--store with several processes',
+          'one process', 'store first with one, then train with many')
+    tok = load_tokenizer(_its_tokenizer(a))
+    at = at_hook(load_transformer(a.model, device))
     fitting(at, tok=tok)
-    corpus, mixture = load_corpus(a.corpus), Mixture(**_given(a, budget='tokens'))
-    windows = token_windows(corpus, tok, mixture, n_ctx=at.n_ctx)
-    draws = _given(a, batch='batch', block='block', per_window='per_window', passes='passes')
-    if a.skip_mark: draws['skip_tokens'] = (tok.token_to_id(EOT),)
-    draws = StreamConfig(**draws)
-    cfgs = [SAEConfig(d_in=at.d_in, **_given(a, seed='seed', start='start') | dict(n_feats=n, l1=l1))
-            for n in a.features or [SAEConfig.n_feats] for l1 in a.l1 or [SAEConfig.l1]]
-    cfg = SAETrainConfig(**_given(a, lr='lr', warmup='warmup', decay='decay', rewarm='rewarm',
-                                  l1_warmup='l1_warmup', clip='clip', dead_window='dead_window'))
-    revive = _given(a, at='resample_at', window='dead_window', pool='pool')
-    if 'at' in revive: revive['at'] = tuple(revive['at'])
-    revive = ResampleConfig(**revive)
+    draws, cfgs, cfg, revive = _configurations(a, at.d_in, tok)
+    windows = _windows(a, tok, at.n_ctx)
     batches = ActivationStream(share_harvest(at), windows, draws, device)
     Resampler(revive).possible(len(batches), draws.batch)
     if a.store:
         stored = store_activations(batches, a.store)
         batches = ActivationStore(stored.folder, draws.batch, draws.passes)
     kept = Checkpoints(Path(a.out)/'checkpoints', **_given(a, every_s='every'))
-    done = train_saes(batches, cfgs, cfg, lambda: [Resampler(revive)], device, 'dictionaries', kept)
+    done = train_saes(batches, cfgs, cfg, lambda: [Resampler(revive)], device,
+                      'dictionaries', kept)
+    _save_all(done, Path(a.out), vectors=batches.n_vectors, data=windows.hash,
+              config=cfg.to_dict(), stream=draws.to_dict(), processes=n_processes())
+
+def _save_all(done:list, out:Path, vectors:int, **counts) -> None:
+    "Save what was trained, in one process of many, and say what came out."
+    from monosem.core import run_record
+    from monosem.parallel import process_number
+    from monosem.sae import save_sae
     for d in done if process_number() == 0 else []:
-        last, vectors, c = d.log.iloc[-1], batches.n_vectors, d.sae.cfg
-        record = run_record(vectors=vectors, data=windows.hash, config=cfg.to_dict(),
-                            stream=draws.to_dict(), processes=n_processes(),
-                            seconds=round(d.seconds), log=d.log.round(4).to_dict('records'))
-        folder = save_sae(d.sae, Path(a.out)/f'{c.n_feats}-l1-{c.l1!r}', record)
-        print(f'{folder}: {vectors:,} vectors, L0 {last.l0:.1f}, FVU {last.fvu:.3f}, '
-              f'dead {int(last.dead)}, {vectors/d.seconds:,.0f} vectors/s', flush=True)
+        last, c = d.log.iloc[-1], d.sae.cfg
+        record = run_record(vectors=vectors, seconds=round(d.seconds),
+                            log=d.log.round(4).to_dict('records'), **counts)
+        folder = save_sae(d.sae, out/f'{c.n_feats}-l1-{c.l1!r}', record)
+        _say(f'{folder}: {vectors:,} vectors, L0 {last.l0:.1f}, FVU {last.fvu:.3f}, '
+             f'dead {int(last.dead)}, {vectors/d.seconds:,.0f} vectors/s')
 
 # %% ../nbs/18_cli.ipynb #0513d170
 def _site(a:argparse.Namespace) -> None:
     "Render the site and check its links."
     from monosem.site import build_site, check_links
     out = build_site('.', a.out)
-    if problems := check_links(out): raise ValueError(f'{len(problems)} broken links, the first: {problems[0]}')
-    print(f'{out}/index.html: open it, or serve it with: python -m http.server -d {a.out}')
+    if problems := check_links(out):
+        raise ValueError(f'{len(problems)} broken links, the first: {problems[0]}')
+    print(f'{out}/index.html: open it, or serve it with: '
+          f'python -m http.server -d {a.out}')
 
 def _results(a:argparse.Namespace) -> None:
     "Write nbs/results/ from a run."
-    from monosem.core import check, write_json
+    from monosem.core import check, store
     from monosem.reproduce import claims
-    path = Path(a.run)/'results.json'
-    check(path.is_file(), f'no {path}', 'a finished run', 'run `monosem reproduce` first', FileNotFoundError)
-    for chapter, rows in claims(json.loads(path.read_text(encoding='utf-8'))).items(): print(write_json(f'nbs/results/{chapter}.json', rows))
+    path = Path(a.run_folder)/'results.json'
+    check(path.is_file(), f'no {path}', 'a finished run',
+          'run `monosem reproduce` first', FileNotFoundError)
+    results = json.loads(path.read_text(encoding='utf-8'))
+    for chapter, rows in claims(results).items():
+        print(store(chapter, rows, folder='nbs/results'))
 
 def _readme(a:argparse.Namespace) -> None:
     "Write README.md from nbs/index.ipynb."
@@ -115,75 +158,109 @@ def _readme(a:argparse.Namespace) -> None:
 def _info(a:argparse.Namespace) -> None:
     "Print versions and the device."
     from monosem.core import pick_device
-    for p in ('torch', 'transformer-lens', 'tokenizers', 'plotly'): print(f'{p:18}{version(p)}')
+    for p in ('torch', 'transformer-lens', 'tokenizers', 'plotly'):
+        print(f'{p:18}{version(p)}')
     print(f'{"monosem":18}{__version__}\n{"device":18}{pick_device()}')
 
 # %% ../nbs/18_cli.ipynb #e03b211f
-_TRAIN_EXAMPLES = ('example: monosem train --features 512 4096 --l1 2.5 --out runs/sizes; again: goes on; '
-                   'many processes: torchrun --nproc-per-node 2 -m monosem train ...; what is not given '
-                   'is the default of Mixture, StreamConfig, SAEConfig, SAETrainConfig, ResampleConfig')
-_MANY = ('features', 'l1', 'resample-at')
+_TRAIN_EXAMPLES = (
+    'example: monosem train --features 512 4096 --l1 2.5 --out runs/sizes; '
+    'again: goes on; many processes: torchrun --nproc-per-node 2 -m monosem train ...; '
+    'what is not given is the default of Mixture, StreamConfig, SAEConfig, '
+    'SAETrainConfig, ResampleConfig')
+_MANY = {'features': '+', 'l1': '+', 'resample-at': '*'}
 _SETTINGS = [
     ('tokens', int, 'of text'), ('features', int, 'sizes of the dictionaries'),
     ('l1', float, 'coefficients; every size with every one'),
     ('batch', int, 'vectors per step'), ('block', int, 'vectors shuffled together'),
-    ('per-window', int, 'vectors from each window of text'), ('passes', int, 'over the text'),
+    ('per-window', int, 'vectors from each window of text'),
+    ('passes', int, 'over the text'),
     ('lr', float, 'learning rate'), ('warmup', float, 'share of steps'),
-    ('decay', float, 'share of steps'), ('rewarm', float, 'share of steps, after a resampling'),
-    ('l1-warmup', float, 'share of steps'), ('clip', float, 'longest gradient; 0 for any, as in the paper'),
+    ('decay', float, 'share of steps'),
+    ('rewarm', float, 'share of steps, after a resampling'),
+    ('l1-warmup', float, 'share of steps'),
+    ('clip', float, 'longest gradient; 0 for any, as in the paper'),
     ('resample-at', float, 'shares of the run'),
     ('dead-window', int, 'vectors without firing that make a feature dead'),
-    ('pool', int, 'inputs that a resampling draws from'), ('seed', int, 'of the initial weights'),
+    ('pool', int, 'inputs that a resampling draws from'),
+    ('seed', int, 'of the initial weights'),
     ('every', float, 'seconds between checkpoints')]
 
+def _add_train(sub) -> None:
+    "The arguments of `train`; what is not given is the default of a configuration."
+    t = sub.add_parser('train', help="dictionaries on a model's neurons",
+                       epilog=_TRAIN_EXAMPLES)
+    for name, default, what in [
+            ('model', 'A', "'A' as shipped, or a folder such as runs/small/A"),
+            ('tokenizer', None, 'its tokenizer.json; by default the one beside '
+                                'the model, or the shipped one'),
+            ('corpus', 'mini', "'mini', 'core', 'hf:NAME' or a file"),
+            ('store', None, 'a folder for the activations, for repeated passes'),
+            ('device', None, "such as 'cpu' or 'cuda'"),
+            ('out', 'runs/dictionaries', 'where dictionaries and checkpoints go')]:
+        t.add_argument(f'--{name}', default=default, help=what)
+    for name, kind, what in _SETTINGS:
+        t.add_argument(f'--{name}', type=kind, help=what, nargs=_MANY.get(name))
+    t.add_argument('--skip-mark', action='store_true',
+                   help='leave out the mark between documents')
+    t.add_argument('--start', choices=['random', 'transposed'],
+                   help="of the encoder; the paper's is random")
+    t.set_defaults(run=_train)
+
+# %% ../nbs/18_cli.ipynb #e03b2120
 def parser() -> argparse.ArgumentParser: # For `main`
     "The arguments of all commands."
-    p = argparse.ArgumentParser('monosem', description='Towards Monosemanticity as something you can run.')
+    p = argparse.ArgumentParser(
+        'monosem', description='Towards Monosemanticity as something you can run.')
     p.add_argument('--version', action='version', version=__version__)
     sub = p.add_subparsers(dest='command', required=True)
-    r = sub.add_parser('reproduce', help='the whole chain, from text to tested features', epilog='example: monosem reproduce --scale small')
-    r.add_argument('--scale', choices=['tiny', 'small', 'paper'], default='small', help='seconds, minutes on 2 cores, or an accelerator')
-    r.add_argument('--corpus', help="'mini', 'core', 'hf:NAME' or a file; the scale's by default")
-    r.add_argument('--out', default='runs', help='where results go')
-    r.add_argument('--device', help="such as 'cpu' or 'cuda'")
-    r.add_argument('--assets', action='store_true', help='replace the shipped model and dictionary by this run\'s')
-    r.add_argument('--no-site', action='store_true', help='do not render the site')
-    r.set_defaults(run=_reproduce)
-    t = sub.add_parser('train', help="dictionaries on a model's neurons", epilog=_TRAIN_EXAMPLES)
-    t.add_argument('--model', default='A', help="'A' as shipped, or a folder such as runs/small/A")
-    t.add_argument('--tokenizer', help='its tokenizer.json; by default the one beside the model, or the shipped one')
-    t.add_argument('--corpus', default='mini', help="'mini', 'core', 'hf:NAME' or a file")
-    t.add_argument('--store', help='a folder for the activations, for repeated passes')
-    t.add_argument('--skip-mark', action='store_true', help='leave out the mark between documents')
-    t.add_argument('--device', help="such as 'cpu' or 'cuda'")
-    t.add_argument('--out', default='runs/dictionaries', help='where dictionaries and checkpoints go')
-    for name, kind, what in _SETTINGS:  # not given: the default of the configuration
-        many = dict(nargs='+' if name != 'resample-at' else '*') if name in _MANY else {}
-        t.add_argument(f'--{name}', type=kind, help=what, **many)
-    t.add_argument('--start', choices=['random', 'transposed'], help="of the encoder; the paper's is random")
-    t.set_defaults(run=_train)
-    s = sub.add_parser('site', help='render the site and check its links', epilog='example: monosem site --out _docs')
+    _add_reproduce(sub)
+    _add_train(sub)
+    s = sub.add_parser('site', help='render the site and check its links',
+                       epilog='example: monosem site --out _docs')
     s.add_argument('--out', default='_docs', help='where the pages go')
     s.set_defaults(run=_site)
-    c = sub.add_parser('results', help='write nbs/results from a run', epilog='example: monosem results --run runs/small')
-    c.add_argument('--run', dest='run_folder', default='runs/small', help='the folder of a run')
-    c.set_defaults(run=lambda a: _results(argparse.Namespace(run=a.run_folder)))
-    sub.add_parser('readme', help='write README.md from nbs/index.ipynb').set_defaults(run=_readme)
+    c = sub.add_parser('results', help='write nbs/results from a run',
+                       epilog='example: monosem results --run runs/small')
+    c.add_argument('--run', dest='run_folder', default='runs/small',
+                   help='the folder of a run')
+    c.set_defaults(run=_results)
+    readme = sub.add_parser('readme', help='write README.md from nbs/index.ipynb')
+    readme.set_defaults(run=_readme)
     sub.add_parser('info', help='versions and device').set_defaults(run=_info)
     return p
+
+def _add_reproduce(sub) -> None:
+    "The arguments of `reproduce`."
+    r = sub.add_parser('reproduce', epilog='example: monosem reproduce --scale small',
+                       help='the whole chain, from text to tested features')
+    r.add_argument('--scale', choices=['tiny', 'small', 'paper'], default='small',
+                   help='seconds, minutes on 2 cores, or an accelerator')
+    r.add_argument('--corpus',
+                   help="'mini', 'core', 'hf:NAME' or a file; the scale's by default")
+    r.add_argument('--out', default='runs', help='where results go')
+    r.add_argument('--device', help="such as 'cpu' or 'cuda'")
+    r.add_argument('--assets', action='store_true',
+                   help="replace the shipped model and dictionary by this run's")
+    r.add_argument('--no-site', action='store_true', help='do not render the site')
+    r.set_defaults(run=_reproduce)
 
 # %% ../nbs/18_cli.ipynb #e279b1d0
 def main(
     argv:list[str]|None=None, # Arguments; those of the process by default
-) -> int: # Exit code: 0, 2 for a mistake of the caller, 130 for an interrupt; SIGTERM in a training run exits with 143
-    "The `monosem` command."
+) -> int: # Exit code: 0, 2 for a mistake of the caller, 130 for an interrupt
+    "The `monosem` command; SIGTERM in a training run exits with 143."
     a = parser().parse_args(argv)
     try: a.run(a)
     except KeyboardInterrupt:
-        print('monosem: interrupted; what is finished is kept, run the same command to go on', file=sys.stderr)
+        print('monosem: interrupted; what is finished is kept, run the same command '
+              'to go on', file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, ArithmeticError, RuntimeError, subprocess.SubprocessError) as e:
+    except _MISTAKES as e:
         if os.environ.get('MONOSEM_DEBUG'): raise
         print(f'monosem: {" ".join(str(e).split())}', file=sys.stderr)
         return 2
     return 0
+
+_MISTAKES = (ValueError, OSError, ImportError, ArithmeticError, RuntimeError,
+             subprocess.SubprocessError)

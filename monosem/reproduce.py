@@ -1,4 +1,4 @@
-"""The whole chain in one command: text, tokenizer, transformer, dictionary, tested features, steered samples, site.
+"""The whole chain in one command: text, tokenizer, transformer, dictionary, tested features, steered samples.
 
 Docs: https://monosem.github.io/monosem/reproduce.html.md"""
 
@@ -19,8 +19,8 @@ import pandas as pd
 
 from .activations import ActivationStream, StreamConfig
 from .checkpoints import Checkpoints
-from .core import (Config, Estimate, check, content_hash, load_artefact, replacing,
-                          run_record, write_json)
+from .core import (Config, Estimate, check, content_hash, load_artefact,
+                          replacing, run_record, write_json)
 from .corpus import Corpus, _data_folder, load_corpus, manifest
 from .tokens import (Mixture, TokenWindows, load_tokenizer, token_windows,
                             train_tokenizer)
@@ -37,40 +37,42 @@ from .transformer import (LMTrainConfig, TransformerConfig, build_transformer,
 # %% ../nbs/17b_reproduce.ipynb #5832e6e6
 @dataclass(frozen=True)
 class Scale(Config):
-    "Everything that decides a run; what a scale does not name is the default of its configuration."
+    "Everything that decides a run."
     name: str
-    corpus: str = 'core'                                    # See `load_corpus`
-    mixture: Mixture = Mixture(budget=7_000_000)            # Kinds, and training tokens
-    d_vocab: int = 8192                                     # Tokens of the tokenizer; a small corpus may give fewer
-    tokenizer_bytes: int = 20_000_000                       # Text the tokenizer is trained on
-    model: TransformerConfig = TransformerConfig()          # Shape of A; its vocabulary follows the tokenizer
-    lm: LMTrainConfig = LMTrainConfig()                     # How A is trained
-    sae: SAEConfig = SAEConfig()                            # Shape of A/1 and its coefficient
-    stream: StreamConfig = StreamConfig()                   # How activations are drawn
-    train: SAETrainConfig = SAETrainConfig()                # How A/1 is trained
-    resample: ResampleConfig = ResampleConfig()             # When dead features are revived
-    lm_validation: int = 100_000                            # Validation tokens for the transformer's log
-    eval_tokens: int = 300_000                              # Validation tokens for the dictionary's numbers
-    test_tokens: int = 2_000_000                            # Validation tokens for the feature tests
+    corpus: str = 'core'                          # See `load_corpus`
+    mixture: Mixture = Mixture(budget=7_000_000)  # Kinds, and training tokens
+    d_vocab: int = 8192                           # Tokens; a small corpus gives fewer
+    tokenizer_bytes: int = 20_000_000             # Text the tokenizer is trained on
+    model: TransformerConfig = TransformerConfig() # Of A; vocabulary: the tokenizer's
+    lm: LMTrainConfig = LMTrainConfig()           # How A is trained
+    sae: SAEConfig = SAEConfig()                  # Shape of A/1 and its coefficient
+    stream: StreamConfig = StreamConfig()         # How activations are drawn
+    train: SAETrainConfig = SAETrainConfig()      # How A/1 is trained
+    resample: ResampleConfig = ResampleConfig()   # When dead features are revived
+    lm_validation: int = 100_000                  # Validation tokens: A's log
+    eval_tokens: int = 300_000                    # Validation tokens: A/1's numbers
+    test_tokens: int = 2_000_000                  # Validation tokens: the feature tests
 
-_TINY = TransformerConfig(d_vocab=1024, d_model=32, d_mlp=64, n_heads=2, n_ctx=64)
+# %% ../nbs/17b_reproduce.ipynb #5832e6e7
+_TINY = Scale(
+    'tiny', 'mini', Mixture(budget=250_000), d_vocab=1024, tokenizer_bytes=500_000,
+    model=TransformerConfig(d_vocab=1024, d_model=32, d_mlp=64, n_heads=2, n_ctx=64),
+    sae=SAEConfig(d_in=64, n_feats=128, l1=.2),
+    stream=StreamConfig(batch=256, block=16_384, per_window=32),
+    train=SAETrainConfig(dead_window=20_000),
+    resample=ResampleConfig(window=20_000, pool=4096),
+    lm_validation=20_000, eval_tokens=20_000, test_tokens=150_000)
 
-SCALES = {
-    'tiny': Scale('tiny', 'mini', Mixture(budget=250_000), d_vocab=1024, tokenizer_bytes=500_000,
-                  model=_TINY, sae=SAEConfig(d_in=64, n_feats=128, l1=.2),
-                  stream=StreamConfig(batch=256, block=16_384, per_window=32),
-                  train=SAETrainConfig(dead_window=20_000),
-                  resample=ResampleConfig(window=20_000, pool=4096),
-                  lm_validation=20_000, eval_tokens=20_000, test_tokens=150_000),
-    'small': Scale('small'),
-    'paper': Scale('paper', mixture=Mixture(budget=300_000_000),
-                   lm=LMTrainConfig(batch=128, lr=2e-3, eval_every=2000),
-                   sae=SAEConfig(start='random'),
-                   stream=StreamConfig(batch=8192, block=2**21, per_window=250),
-                   train=SAETrainConfig.paper(lr=3e-4, dead_window=2_000_000),
-                   resample=ResampleConfig.paper(window=2_000_000), lm_validation=1_000_000,
-                   eval_tokens=2_000_000, test_tokens=10_000_000),
-}
+_PAPER_SCALE = Scale(
+    'paper', mixture=Mixture(budget=300_000_000),
+    lm=LMTrainConfig(batch=128, lr=2e-3, eval_every=2000),
+    sae=SAEConfig(start='random'),
+    stream=StreamConfig(batch=8192, block=2**21, per_window=250),
+    train=SAETrainConfig.paper(lr=3e-4, dead_window=2_000_000),
+    resample=ResampleConfig.paper(window=2_000_000),
+    lm_validation=1_000_000, eval_tokens=2_000_000, test_tokens=10_000_000)
+
+SCALES = {s.name: s for s in (_TINY, Scale('small'), _PAPER_SCALE)}
 
 # %% ../nbs/17b_reproduce.ipynb #9e911779
 class Stages:
@@ -87,112 +89,80 @@ class Stages:
         make:Callable[[Path], dict], # Makes the result at a path, returns what to log
     ) -> Path: # Where the result is
         "Make a stage's result, or reuse it."
-        self.key, out, note = content_hash([self.key, name, config]), self.folder/name, self.folder/f'{name}.key.json'
+        self.key = content_hash([self.key, name, config])
+        out, note = self.folder/name, self.folder/f'{name}.key.json'
         if out.exists() and note.exists() and _read(note)['key'] == self.key:
             self.log.append(dict(stage=name, reused=True, **_read(note)['log']))
             self.say(f'[{name}] reused from {out} (same configuration {self.key})')
             return out
         self.say(f'[{name}] ...')
-        start = time.time()
         note.unlink(missing_ok=True)
-        note_log = dict(make(out) or {}, seconds=round(time.time()-start, 1))
-        write_json(note, dict(key=self.key, log=note_log))
-        self.log.append(dict(stage=name, reused=False, **note_log))
-        self.say(f'[{name}] done in {note_log["seconds"]} s' + ''.join(f', {k} {v}' for k,v in note_log.items() if k != 'seconds'))
+        start, did = time.time(), make(out) or {}
+        did['seconds'] = round(time.time()-start, 1)
+        write_json(note, dict(key=self.key, log=did))
+        self.log.append(dict(stage=name, reused=False, **did))
+        self.say(_done(name, did))
         return out
+
+def _done(name:str, did:dict) -> str:
+    "The line that ends a stage."
+    rest = ''.join(f', {k} {v}' for k,v in did.items() if k != 'seconds')
+    return f'[{name}] done in {did["seconds"]} s{rest}'
 
 def _read(path:Path) -> Any:
     "A JSON file."
     return json.loads(path.read_text(encoding='utf-8'))
 
-# %% ../nbs/17b_reproduce.ipynb #54eb1213
+# %% ../nbs/17b_reproduce.ipynb #fd5e9264
 def corpus_name(
     wanted:str, # Of a scale
 ) -> str: # `core` in a checkout, else `mini`
     "The embedded corpus that is at hand: `core` where `data/` is, else `mini`."
     return 'mini' if wanted == 'core' and not _data_folder().is_dir() else wanted
 
-# %% ../nbs/17b_reproduce.ipynb #5363661d
 def _corpus_key(name:str) -> Any:
     "What identifies a corpus without reading it all, where it is embedded."
+    if name not in ('mini', 'core'): return load_corpus(name).hash
     known = {f['file']: f['sha256'] for f in manifest()['files']}
-    if name in ('mini', 'core'): return [v for k,v in sorted(known.items()) if k.startswith(name)]
-    return load_corpus(name).hash
+    return [v for k,v in sorted(known.items()) if k.startswith(name)]
 
-# %% ../nbs/17b_reproduce.ipynb #1aad2222
 class _Texts(dict):
-    "The windows of a run, tokenised once each: training ones, and validation ones by their budget."
+    "The windows of a run, tokenised once: for training, and for validation by budget."
     def __init__(self, corpus:Callable[[], Corpus], tok, scale:Scale):
         self.corpus, self.tok, self.scale = corpus, tok, scale
 
-    def __missing__(self, budget:int|None) -> TokenWindows: # None for the training windows
-        m, n_ctx = self.scale.mixture, self.scale.model.n_ctx
-        if budget is None: self[None] = token_windows(self.corpus(), self.tok, m, n_ctx=n_ctx)
-        else: self[budget] = token_windows(self.corpus(), self.tok, replace(m, budget=budget),
-                                           validation=True, n_ctx=n_ctx, spread=True)
+    def __missing__(self, budget:int|None) -> TokenWindows: # None for training
+        mixture, how = self.scale.mixture, dict(n_ctx=self.scale.model.n_ctx)
+        if budget is not None:
+            mixture = replace(mixture, budget=budget)
+            how |= dict(validation=True, spread=True)
+        self[budget] = token_windows(self.corpus(), self.tok, mixture, **how)
         return self[budget]
 
-def reproduce(
-    scale:Scale, # What to run
-    out:str|Path='runs', # Where results go, in a folder of the scale's name
-    device:Any=None, # See `pick_device`
-    say:Callable=print, # Where lines go
-) -> dict: # What was measured, also written to results.json and results.md
-    "Run the chain from text to tested features; finished stages are reused."
-    start, scale = time.time(), replace(scale, corpus=corpus_name(scale.corpus))
-    folder, corpus = Path(out)/scale.name, lru_cache(lambda: load_corpus(scale.corpus))
-    st = Stages(folder, say)
-    key = [_corpus_key(scale.corpus), scale.mixture.to_dict(), scale.d_vocab, scale.tokenizer_bytes]
-    tok_path = st.run('tokenizer.json', key, lambda p: _make_tokenizer(p, corpus(), scale))
-    tok = load_tokenizer(str(tok_path))
-    scale = replace(scale, model=replace(scale.model, d_vocab=tok.get_vocab_size()))
-    texts = _Texts(corpus, tok, scale)
-    a = st.run('A', [scale.model.to_dict(), scale.lm.to_dict(), scale.lm_validation],
-               lambda p: _make_transformer(p, scale, texts, device))
-    model = lru_cache(lambda: load_transformer(a, device))
-    parts = (scale.sae, scale.stream, scale.train, scale.resample)
-    a1 = st.run('A-1', [p.to_dict() for p in parts],
-                lambda p: _make_sae(p, scale, model(), texts[None]))
-    sae = lru_cache(lambda: load_sae(a1, device))
-    ev = st.run('evaluation.json', scale.eval_tokens,
-                lambda p: _make_evaluation(p, model(), sae(), texts[scale.eval_tokens]))
-    ft = st.run('features.json', scale.test_tokens,
-                lambda p: _make_features(p, model(), sae(), tok, texts[scale.test_tokens], say))
-    sm = st.run('samples.json', 'pinned at 1x the maximum',
-                lambda p: _make_samples(p, model(), sae(), tok, _read(ft)))
-    results = dict(scale=scale.to_dict(), stages=st.log, transformer=load_artefact(a).run,
-                   dictionary=load_artefact(a1).run, **{p.stem: _read(p) for p in (ev, ft, sm)},
-                   seconds=round(time.time()-start, 1), peak_memory_gb=_peak_memory_gb())
-    write_json(folder/'results.json', results)
-    with replacing(folder/'results.md') as tmp: tmp.write_text(report(results), encoding='utf-8')
-    return results
+# %% ../nbs/17b_reproduce.ipynb #fd5e9265
+def _look_ahead(path, scale, texts):
+    "Everything that later stages will need, before the first long one."
+    d_in, d_mlp = scale.sae.d_in, scale.model.d_mlp
+    check(d_in == d_mlp, f'a dictionary of width {d_in} for {d_mlp} neurons',
+          'equal widths', 'change the scale')
+    for budget in (scale.lm_validation, scale.eval_tokens, scale.test_tokens):
+        texts[budget]
+    stream = ActivationStream(lambda t: t, texts[None], scale.stream)
+    Resampler(scale.resample).possible(len(stream), scale.stream.batch)
+    numbers = d_in*(2*scale.sae.n_feats+scale.resample.pool)
+    needed = 3*12*numbers  # three checkpoints at most
+    free = shutil.disk_usage(path.parent).free
+    check(free > needed, f'{free/1e9:.2f} GB free on the disk of {path.parent}',
+          f'{needed/1e9:.2f} GB for checkpoints',
+          'free some space, or choose another folder', OSError)
 
-def _peak_memory_gb() -> float|None:
-    "The most memory this process held; not known on Windows."
-    try: import resource
-    except ImportError: return None
-    unit = 1e9 if sys.platform == 'darwin' else 1e6
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/unit, 2)
-
-# %% ../nbs/17b_reproduce.ipynb #fd5e9264
+# %% ../nbs/17b_reproduce.ipynb #fd5e9266
 def _make_tokenizer(path, corpus, scale):
     "Train and store the tokenizer."
     tok = train_tokenizer(corpus, scale.mixture, scale.d_vocab, scale.tokenizer_bytes)
     with replacing(path) as tmp: tok.save(str(tmp))
-    return dict(tokens=tok.get_vocab_size(), corpus=f'{corpus.name} ({len(corpus):,} documents)')
-
-def _look_ahead(path, scale, texts):
-    "Everything that later stages will need, before the first long one."
-    check(scale.sae.d_in == scale.model.d_mlp, f'a dictionary of width {scale.sae.d_in} for '
-          f'{scale.model.d_mlp} neurons', 'equal widths', 'change the scale')
-    for budget in (scale.lm_validation, scale.eval_tokens, scale.test_tokens): texts[budget]
-    stream = ActivationStream(lambda t: t, texts[None], scale.stream)
-    Resampler(scale.resample).possible(len(stream), scale.stream.batch)
-    numbers = 2*scale.sae.d_in*scale.sae.n_feats + scale.resample.pool*scale.sae.d_in
-    needed, free = 12*3*numbers, shutil.disk_usage(path.parent).free  # three checkpoints at most
-    check(free > needed, f'{free/1e9:.2f} GB free on the disk of {path.parent}',
-          f'{needed/1e9:.2f} GB for checkpoints', 'free some space, or choose another folder',
-          OSError)
+    return dict(tokens=tok.get_vocab_size(),
+                corpus=f'{corpus.name} ({len(corpus):,} documents)')
 
 def _checkpoints(path, scale, windows):
     "Where a stage of this scale on this text keeps its checkpoints."
@@ -203,7 +173,8 @@ def _make_transformer(path, scale, texts, device):
     "Train and store A."
     _look_ahead(path, scale, texts)
     train, validation = texts[None], texts[scale.lm_validation]
-    kept, model = _checkpoints(path, scale, train), build_transformer(scale.model, device)
+    kept = _checkpoints(path, scale, train)
+    model = build_transformer(scale.model, device)
     done = train_transformer(model, train, validation, scale.lm, kept)
     log, rate = done.log.round(4), round(train.n_tokens/done.seconds)
     nats = float(log.validation_nats.iloc[-1])
@@ -219,7 +190,8 @@ def _make_sae(path, scale, model, windows):
     at, resampler = at_hook(model), Resampler(scale.resample)
     stream = ActivationStream(at, windows, scale.stream, at.device)
     kept = _checkpoints(path, scale, windows)
-    done = train_sae(stream, scale.sae, scale.train, [resampler], at.device, 'A/1', kept)
+    done = train_sae(stream, scale.sae, scale.train, [resampler], at.device, 'A/1',
+                     kept)
     last, vectors = done.log.iloc[-1], stream.n_vectors
     rate = round(vectors/done.seconds)
     save_sae(done.sae, path, run_record(
@@ -231,6 +203,7 @@ def _make_sae(path, scale, model, windows):
     return dict(vectors=vectors, vectors_per_s=rate, L0=round(last.l0, 1),
                 FVU=round(last.fvu, 3), dead=int(last.dead))
 
+# %% ../nbs/17b_reproduce.ipynb #fd5e9267
 def _make_evaluation(path, model, sae, windows):
     "Measure the dictionary."
     e = evaluate(model, sae, windows)
@@ -249,17 +222,69 @@ def _make_features(path, model, sae, tok, windows, say):
 
 def _make_samples(path, model, sae, tok, tests):
     "Steer with each tested feature."
-    write_json(path, {t['context']: asdict(steer(model, sae, tok, t['feature'], t['max_act']))
-                      for t in tests})
+    def sample(t): return asdict(steer(model, sae, tok, t['feature'], t['max_act']))
+    write_json(path, {t['context']: sample(t) for t in tests})
+
+# %% ../nbs/17b_reproduce.ipynb #1aad2222
+def reproduce(
+    scale:Scale, # What to run
+    out:str|Path='runs', # Where results go, in a folder of the scale's name
+    device:Any=None, # See `pick_device`
+    say:Callable=print, # Where lines go
+) -> dict: # What was measured, also written to results.json and results.md
+    "Run the chain from text to tested features; finished stages are reused."
+    start, scale = time.time(), replace(scale, corpus=corpus_name(scale.corpus))
+    st = Stages(Path(out)/scale.name, say)
+    corpus = lru_cache(lambda: load_corpus(scale.corpus))
+    text = [_corpus_key(scale.corpus), scale.mixture.to_dict()]
+    tok_path = st.run('tokenizer.json', [*text, scale.d_vocab, scale.tokenizer_bytes],
+                      lambda p: _make_tokenizer(p, corpus(), scale))
+    tok = load_tokenizer(str(tok_path))
+    scale = replace(scale, model=replace(scale.model, d_vocab=tok.get_vocab_size()))
+    texts = _Texts(corpus, tok, scale)
+    a = st.run('A', [scale.model.to_dict(), scale.lm.to_dict(), scale.lm_validation],
+               lambda p: _make_transformer(p, scale, texts, device))
+    model = lru_cache(lambda: load_transformer(a, device))
+    parts = (scale.sae, scale.stream, scale.train, scale.resample)
+    a1 = st.run('A-1', [p.to_dict() for p in parts],
+                lambda p: _make_sae(p, scale, model(), texts[None]))
+    sae = lru_cache(lambda: load_sae(a1, device))
+    ev = st.run('evaluation.json', scale.eval_tokens,
+                lambda p: _make_evaluation(p, model(), sae(), texts[scale.eval_tokens]))
+    ft = st.run('features.json', scale.test_tokens, lambda p: _make_features(
+        p, model(), sae(), tok, texts[scale.test_tokens], say))
+    sm = st.run('samples.json', 'pinned at 1x the maximum',
+                lambda p: _make_samples(p, model(), sae(), tok, _read(ft)))
+    measured = {p.stem: _read(p) for p in (ev, ft, sm)}
+    return _finish(st, scale, a, a1, measured, time.time()-start)
+
+def _finish(st, scale, a, a1, measured, seconds) -> dict:
+    "The results, written as JSON and as a page of text."
+    results = dict(scale=scale.to_dict(), stages=st.log,
+                   transformer=load_artefact(a).run,
+                   dictionary=load_artefact(a1).run, **measured,
+                   seconds=round(seconds, 1), peak_memory_gb=_peak_memory_gb())
+    write_json(st.folder/'results.json', results)
+    with replacing(st.folder/'results.md') as tmp:
+        tmp.write_text(report(results), encoding='utf-8')
+    return results
+
+def _peak_memory_gb() -> float|None:
+    "The most memory this process held; not known on Windows."
+    try: import resource
+    except ImportError: return None
+    unit = 1e9 if sys.platform == 'darwin' else 1e6
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/unit, 2)
 
 # %% ../nbs/17b_reproduce.ipynb #211dc0a8
 def read_tests(
     rows:list[dict], # The `features` of results.json
 ) -> list[FeatureTest]: # As `test_contexts` gave them
     "Feature tests read back from JSON."
-    names = ('specificity', 'specificity_half', 'specificity_kind', 'r', 'r_neuron', 'difference')
-    return [FeatureTest(**{k: Estimate.read(v) if k in names else v for k,v in r.items()})
-            for r in rows]
+    kinds = FeatureTest.__annotations__.items()
+    estimates = {k for k,kind in kinds if kind is Estimate}
+    def read(k, v): return Estimate.read(v) if k in estimates else v
+    return [FeatureTest(**{k: read(k, v) for k,v in r.items()}) for r in rows]
 
 # %% ../nbs/17b_reproduce.ipynb #9a62ef51
 def markdown_table(
@@ -268,30 +293,37 @@ def markdown_table(
     "A data frame as a Markdown table, its index first."
     t = table.reset_index().astype(str)
     rows = [list(t.columns), ['---']*t.shape[1], *t.to_numpy().tolist()]
-    return '\n'.join('| '+' | '.join(c.replace('|', '\\|') for c in r)+' |' for r in rows)
+    escaped = [[c.replace('|', '\\|') for c in row] for row in rows]
+    return '\n'.join(f"| {' | '.join(row)} |" for row in escaped)
 
 # %% ../nbs/17b_reproduce.ipynb #b85e6cc2
 def report(
     results:dict, # From `reproduce`
 ) -> str: # Markdown
-    "The results as a page of text: the dictionary's numbers, the table of features, the samples."
-    e, scale = results['evaluation'], results['scale']
-    def est(name): return str(Estimate.read(e[name]))
-    def nats(name): return 'none' if e[f'ce_{name}'] is None else f"{e[f'ce_{name}']:.3f}"
+    "The results as text: the dictionary's numbers, the table of features, the samples."
     tests = tests_table(read_tests(results['features']))
-    lines = [
-        f"# Results of scale {scale['name']}", '',
-        f"A: trained on {results['transformer']['tokens']:,} tokens; {nats('clean')} nats per "
-        f"token on {e['n_tokens']:,} validation tokens.",
-        f"A/1: {results['dictionary']['vectors']:,} vectors, L0 {est('l0')}, FVU {est('fvu')}, "
-        f"loss recovered {est('recovered')} (CE in nats: clean {nats('clean')}, spliced "
-        f"{nats('spliced')}, zero {nats('zero')}, mean {nats('mean')}), dead {e['n_dead']} of "
-        f"{scale['sae']['n_feats']} on {e['n_tokens']:,} tokens.", '',
-        markdown_table(tests) if len(tests) else 'No context could be tested on this text.', '']
+    nothing = 'No context could be tested on this text.'
+    table = markdown_table(tests) if len(tests) else nothing
+    lines = [f"# Results of scale {results['scale']['name']}", '',
+             *_numbers(results), '', table, '']
     for name, s in results['samples'].items():
-        lines += [f'**{name}**, feature A/1/{s["feature"]} pinned at {s["value"]:.1f}', '',
-                  f'before: {s["before"]!r}', '', f'after: {s["after"]!r}', '']
+        who = f'feature A/1/{s["feature"]} pinned at {s["value"]:.1f}'
+        lines += [f'**{name}**, {who}', '', f'before: {s["before"]!r}', '',
+                  f'after: {s["after"]!r}', '']
     return '\n'.join(lines)
+
+def _numbers(results:dict) -> list[str]:
+    "What was trained, and how good it is."
+    e, n_feats = results['evaluation'], results['scale']['sae']['n_feats']
+    l0, fvu, recovered = (Estimate.read(e[k]) for k in ('l0', 'fvu', 'recovered'))
+    nats = {k: 'none' if e[f'ce_{k}'] is None else f"{e[f'ce_{k}']:.3f}"
+            for k in ('clean', 'spliced', 'zero', 'mean')}
+    losses = ', '.join(f'{k} {v}' for k,v in nats.items())
+    n, tokens = f"{e['n_tokens']:,} validation tokens", results['transformer']['tokens']
+    return [f"A: trained on {tokens:,} tokens; {nats['clean']} nats per token on {n}.",
+            f"A/1: {results['dictionary']['vectors']:,} vectors, L0 {l0}, FVU {fvu}, "
+            f"loss recovered {recovered} (CE in nats: {losses}), "
+            f"dead {e['n_dead']} of {n_feats} on {n}."]
 
 # %% ../nbs/17b_reproduce.ipynb #191306ec
 def ship(
@@ -299,45 +331,62 @@ def ship(
     assets:str|Path, # monosem/assets of a checkout
     replace_old:bool=False, # Overwrite what is there
 ) -> bool: # Whether anything was written
-    "Store tokenizer, A and A/1 of a run in half precision, for the chapters and the wheel."
+    "Store tokenizer, A and A/1 of a run in half precision, as they are shipped."
     run, assets = Path(run), Path(assets)
     if (assets/'A').is_dir() and not replace_old: return False
     a, a1 = load_artefact(run/'A'), load_artefact(run/'A-1')
     shape = TransformerConfig.from_dict(a.config)
-    save_transformer(load_transformer(run/'A', 'cpu'), shape, assets/'A', a.run, half=True)
+    model = load_transformer(run/'A', 'cpu')
+    save_transformer(model, shape, assets/'A', a.run, half=True)
     save_sae(load_sae(run/'A-1', 'cpu'), assets/'A-1', a1.run, half=True)
     tokenizer = (run/'tokenizer.json').read_bytes()
     with replacing(assets/'tokenizer.json') as tmp: tmp.write_bytes(tokenizer)
     return True
 
 # %% ../nbs/17b_reproduce.ipynb #fc9cbc88
-_PAPER = {'arabic': ('F1', .74), 'dna': ('F2', .80), 'base64': ('F3', .38), 'hebrew': ('F4', .55), 'cyrillic': ('F1c', None)}
+_PAPER = {'arabic': ('F1', .74), 'dna': ('F2', .80), 'base64': ('F3', .38),
+          'hebrew': ('F4', .55), 'cyrillic': ('F1c', None)}
 
 def claims(
     results:dict, # From `reproduce`
-) -> dict[str, list[dict]]: # Chapter to rows of id, paper, ours, low, high, n, unit, run, note
+) -> dict[str, list[dict]]: # Chapter to rows as `core.claim` gives them
     "The claims that a run measured, beside the paper's values."
-    run, e = f"{results['scale']['name']}, {results['transformer']['tokens']:,} tokens, {results['dictionary']['vectors']:,} vectors", results['evaluation']
-    def row(id, paper, v, n, unit, note='', **more):
-        return dict(id=id, paper=paper, ours=v[0], low=v[1], high=v[2], n=n, unit=unit, run=run,
-                    note=note, **more)
-    n = e['n_tokens']
-    out = {'evaluation': [row('S2', '< 20', e['l0'], n, 'features/token', 'L0'), row('S2', .79, e['recovered'], n, 'share', 'loss recovered against zero-ablation'),
-                          row('S2', None, e['recovered_mean'], n, 'share', 'loss recovered against mean-ablation'), row('S2', None, e['fvu'], n, 'share', 'FVU'),
-                          row('S2', '168 (on 100 million tokens)', [e['n_dead']]*3, n, 'features of 4,096', 'dead'),
-                          *(row('S2', None, [e[f'ce_{k}']]*3, n, 'nats/token', f'CE {k}') for k in ('clean', 'spliced', 'zero', 'mean'))],
-           'proxies': []}
-    for t in results['features']:
-        id, paper = _PAPER[t['context']]
-        of = {k: t[k] for k in ('context', 'feature', 'neuron')}
-        who = f"A/1/{t['feature']}, neuron {t['neuron']}, {t['n_docs']} documents"
-        for p, value, unit, what in (
-                (paper, t['r'], 'r', 'feature'), (None, t['r_neuron'], 'r', 'best neuron'),
-                (None, t['difference'], 'r', 'difference'),
-                (.98 if t['context'] == 'arabic' else None, t['specificity_half'], 'share',
-                 'specificity above half the maximum')):
-            out['proxies'].append(row(id, p, value, t['n_tokens'], unit,
-                                      f"{t['context']}: {what} {who}", **of))
-    out['steering'] = [dict(id='F6', context=c, run=run, **s)
-                       for c,s in results['samples'].items()]
-    return out
+    tokens, vectors = results['transformer']['tokens'], results['dictionary']['vectors']
+    run = f"{results['scale']['name']}, {tokens:,} tokens, {vectors:,} vectors"
+    evaluation = _evaluation_claims(results['evaluation'], run)
+    proxies = [row for t in results['features'] for row in _feature_claims(t, run)]
+    steering = [dict(id='F6', context=c, run=run, **s)
+                for c,s in results['samples'].items()]
+    return dict(evaluation=evaluation, proxies=proxies, steering=steering)
+
+def _claim(id, paper, v, n, unit, run, note, **more) -> dict:
+    "A row of the ledger, from a value with its interval as JSON holds them."
+    return dict(id=id, paper=paper, ours=v[0], low=v[1], high=v[2], n=n, unit=unit,
+                run=run, note=note, **more)
+
+def _evaluation_claims(e:dict, run:str) -> list[dict]:
+    "What was measured of the dictionary as a whole."
+    dead = '168 (on 100 million tokens)'
+    rows = [('< 20', e['l0'], 'features/token', 'L0'),
+            (.79, e['recovered'], 'share', 'loss recovered against zero-ablation'),
+            (None, e['recovered_mean'], 'share',
+             'loss recovered against mean-ablation'),
+            (None, e['fvu'], 'share', 'FVU'),
+            (dead, [e['n_dead']]*3, 'features of 4,096', 'dead')]
+    rows += [(None, [e[f'ce_{k}']]*3, 'nats/token', f'CE {k}')
+             for k in ('clean', 'spliced', 'zero', 'mean')]
+    return [_claim('S2', paper, v, e['n_tokens'], unit, run, note)
+            for paper, v, unit, note in rows]
+
+def _feature_claims(t:dict, run:str) -> list[dict]:
+    "What was measured of one context's feature and neuron."
+    id, paper = _PAPER[t['context']]
+    of = {k: t[k] for k in ('context', 'feature', 'neuron')}
+    who = f"A/1/{t['feature']}, neuron {t['neuron']}, {t['n_docs']} documents"
+    half = .98 if t['context'] == 'arabic' else None
+    rows = [(paper, t['r'], 'r', 'feature'), (None, t['r_neuron'], 'r', 'best neuron'),
+            (None, t['difference'], 'r', 'difference'),
+            (half, t['specificity_half'], 'share',
+             'specificity above half the maximum')]
+    return [_claim(id, p, v, t['n_tokens'], unit, run,
+                   f"{t['context']}: {what} {who}", **of) for p, v, unit, what in rows]

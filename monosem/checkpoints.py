@@ -27,17 +27,6 @@ class Checkpoint(NamedTuple):
     meta: dict                       # The rest, as JSON holds it
     path: Path                       # Where it lies
 
-# %% ../nbs/00a_checkpoints.ipynb #62c7701d
-def _digest(path:Path, meta:dict) -> str:
-    "Checksum of the tensors' file and of the rest."
-    with open(path, 'rb') as f: tensors = hashlib.file_digest(f, 'sha256').hexdigest()
-    return hashlib.sha256((tensors+json.dumps(meta, sort_keys=True)).encode()).hexdigest()
-
-# %% ../nbs/00a_checkpoints.ipynb #0f64947f
-def _flush(path:Path) -> None:
-    "Ask the disk to have it."
-    with open(path, 'r+b') as f: os.fsync(f.fileno())  # Windows wants it writable
-
 # %% ../nbs/00a_checkpoints.ipynb #14a8862c
 def save_checkpoint(
     folder:str|Path, # Where the checkpoints of this run lie; nothing else should
@@ -47,29 +36,32 @@ def save_checkpoint(
     keep:int=2, # How many of the newest stay
 ) -> Path: # The new checkpoint
     "Write a checkpoint in one step, then remove all but the newest."
+    check(keep > 0, f'keep={keep}', 'at least 1',
+          'keep 2, so that a damaged one has one before it')
     folder, target = Path(folder), Path(folder)/f'step-{step:09d}'
-    check(keep > 0, f'keep={keep}', 'at least 1', 'keep 2, so that a damaged one has one before it')
-    for left in folder.glob('.step-*'): shutil.rmtree(left, ignore_errors=True)  # of a process that was killed while writing
+    # left by a process that was killed while writing
+    for left in folder.glob('.step-*'): shutil.rmtree(left, ignore_errors=True)
     with replacing(target) as tmp:
         tmp.mkdir()
-        save_file({k: v.detach().cpu().contiguous() for k,v in tensors.items()}, tmp/'state.safetensors')
+        arrays = {k: v.detach().cpu().contiguous() for k,v in tensors.items()}
+        save_file(arrays, tmp/'state.safetensors')
         meta = json.loads(json.dumps(json_ready(meta)))
         head = dict(step=step, meta=meta, digest=_digest(tmp/'state.safetensors', meta))
         (tmp/'state.json').write_text(json.dumps(head), encoding='utf-8')
         for f in tmp.iterdir(): _flush(f)
-    for old in sorted(folder.glob('step-*'))[:-keep]: shutil.rmtree(old, ignore_errors=True)
+    for old in sorted(folder.glob('step-*'))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
     return target
 
-# %% ../nbs/00a_checkpoints.ipynb #3e0a6957
-def _read(path:Path) -> Checkpoint:
-    "Read one checkpoint; a ValueError when anything is missing, truncated or altered."
-    try:
-        head = json.loads((path/'state.json').read_text(encoding='utf-8'))
-        tensors = load_file(path/'state.safetensors')
-        ok = head['digest'] == _digest(path/'state.safetensors', head['meta'])
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError) as e: raise ValueError(f'{type(e).__name__}: {e}') from e
-    if not ok: raise ValueError('its checksum does not fit its content')
-    return Checkpoint(head['step'], tensors, head['meta'], path)
+def _digest(path:Path, meta:dict) -> str:
+    "Checksum of the tensors' file and of the rest."
+    with open(path, 'rb') as f: tensors = hashlib.file_digest(f, 'sha256').hexdigest()
+    rest = json.dumps(meta, sort_keys=True)
+    return hashlib.sha256((tensors+rest).encode()).hexdigest()
+
+def _flush(path:Path) -> None:
+    "Ask the disk to have it."
+    with open(path, 'r+b') as f: os.fsync(f.fileno())  # Windows wants it writable
 
 # %% ../nbs/00a_checkpoints.ipynb #70371e48
 def load_checkpoint(
@@ -79,9 +71,24 @@ def load_checkpoint(
     found = sorted(Path(folder).glob('step-*'), reverse=True)
     for path in found:
         try: return _read(path)
-        except ValueError as e: warnings.warn(f'{path} is damaged ({e}) and was passed over; the checkpoint before it is used.', stacklevel=2)
-    check(not found, f'{len(found)} damaged checkpoints in {folder}', 'at least one whole', 'restore one from a copy, or remove the folder to begin again')
+        except ValueError as e:
+            warnings.warn(f'{path} is damaged ({e}) and was passed over; '
+                          'the checkpoint before it is used.', stacklevel=2)
+    check(not found, f'{len(found)} damaged checkpoints in {folder}',
+          'at least one whole',
+          'restore one from a copy, or remove the folder to begin again')
     return None
+
+def _read(path:Path) -> Checkpoint:
+    "Read one checkpoint; a ValueError when anything is missing, truncated or altered."
+    try:
+        head = json.loads((path/'state.json').read_text(encoding='utf-8'))
+        tensors = load_file(path/'state.safetensors')
+        whole = head['digest'] == _digest(path/'state.safetensors', head['meta'])
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError) as e:
+        raise ValueError(f'{type(e).__name__}: {e}') from e
+    if not whole: raise ValueError('its checksum does not fit its content')
+    return Checkpoint(head['step'], tensors, head['meta'], path)
 
 # %% ../nbs/00a_checkpoints.ipynb #bf0f4cd6
 def pack_weights(
@@ -89,7 +96,11 @@ def pack_weights(
     opt:torch.optim.Optimizer, # Over the same weights
 ) -> dict[str, torch.Tensor]: # For `save_checkpoint`
     "Weights and the optimiser's running means, by name."
-    return {k: v for name,p in named for k,v in [(f'weights/{name}', p.detach()), *((f'optimiser/{name}/{k}', v) for k,v in opt.state[p].items())]}
+    packed = {}
+    for name, p in named:
+        packed[f'weights/{name}'] = p.detach()
+        packed |= {f'optimiser/{name}/{k}': v for k,v in opt.state[p].items()}
+    return packed
 
 @torch.no_grad()
 def unpack_weights(
@@ -100,8 +111,14 @@ def unpack_weights(
     "Put weights and running means back."
     for name, p in named:
         p.copy_(tensors[f'weights/{name}'])
-        means = {k.removeprefix(f'optimiser/{name}/'): v for k,v in tensors.items() if k.startswith(f'optimiser/{name}/')}
-        opt.state[p] = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v.to(p.device, copy=True) for k,v in means.items()}  # laid out in memory as the weight is
+        start = f'optimiser/{name}/'
+        opt.state[p] = {k.removeprefix(start): _laid_out_as(p, v)
+                        for k,v in tensors.items() if k.startswith(start)}
+
+def _laid_out_as(p:torch.Tensor, v:torch.Tensor) -> torch.Tensor:
+    "A copy of `v` where `p` is and, if of its shape, laid out in memory as `p` is."
+    if v.shape == p.shape: return torch.empty_like(p).copy_(v)
+    return v.to(p.device, copy=True)
 
 # %% ../nbs/00a_checkpoints.ipynb #c5738c8d
 def differences(
@@ -111,10 +128,12 @@ def differences(
 ) -> list[str]: # Such as `cfg.lr: 0.001, not 0.01`; empty when equal
     "The named places where two JSON values differ."
     if isinstance(a, dict) and isinstance(b, dict):
-        return [d for k in sorted(a.keys() | b.keys()) for d in differences(a.get(k), b.get(k), f'{name}.{k}' if name else k)]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [d for i,(x,y) in enumerate(zip(a, b)) for d in differences(x, y, f'{name}[{i}]')]
-    return [] if a == b else [f'{name}: {a}, not {b}']
+        pairs = [(f'{name}.{k}' if name else k, a.get(k), b.get(k))
+                 for k in sorted(a.keys() | b.keys())]
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        pairs = [(f'{name}[{i}]', x, y) for i,(x,y) in enumerate(zip(a, b))]
+    else: return [] if a == b else [f'{name}: {a}, not {b}']
+    return [d for place, x, y in pairs for d in differences(x, y, place)]
 
 # %% ../nbs/00a_checkpoints.ipynb #2e79c9bb
 class Checkpoints:
@@ -125,45 +144,68 @@ class Checkpoints:
         every_steps:int|None=None, # Steps between checkpoints; None for no such rule
         keep:int=2, # How many of the newest stay
     ):
-        check(every_s is None or every_s > 0, f'every_s={every_s}', 'a positive number of seconds, or None', 'change it')
-        check(every_steps is None or every_steps > 0, f'every_steps={every_steps}', 'a positive number of steps, or None', 'change it')
-        self.folder, self.every_s, self.every_steps, self.keep, self.last = Path(folder), every_s, every_steps, keep, time.monotonic()
+        for what, n in (('every_s', every_s), ('every_steps', every_steps)):
+            unit = 'seconds' if what == 'every_s' else 'steps'
+            check(n is None or n > 0, f'{what}={n}',
+                  f'a positive number of {unit}, or None', 'change it')
+        self.folder, self.keep, self.last = Path(folder), keep, time.monotonic()
+        self.every_s, self.every_steps = every_s, every_steps
 
     def due(self,
         step:int, # Steps done
     ) -> bool: # Whether to write one now
         "By steps or by the clock."
-        return bool(self.every_steps and step%self.every_steps == 0) or bool(self.every_s and time.monotonic()-self.last >= self.every_s)
+        by_steps = self.every_steps and step%self.every_steps == 0
+        by_clock = self.every_s and time.monotonic()-self.last >= self.every_s
+        return bool(by_steps or by_clock)
 
-    def save(self, step:int, tensors:dict, meta:dict, settings:dict, must:bool=False) -> None:
-        "Write one; unless it `must` succeed, a failure is a warning and the run goes on."
-        try: save_checkpoint(self.folder, step, tensors, dict(meta, settings=settings), self.keep)
+    def save(self,
+        step:int, # Steps done
+        tensors:dict, # See `save_checkpoint`
+        meta:dict, # See `save_checkpoint`
+        settings:dict, # Of the run, JSON-ready
+        must:bool=False, # Whether a failure ends the run
+    ) -> None:
+        "Write one; unless it `must` succeed, a failure is a warning."
+        meta = dict(meta, settings=settings)
+        try: save_checkpoint(self.folder, step, tensors, meta, self.keep)
         except OSError as e:
             if must: raise
-            warnings.warn(f'no checkpoint at step {step}: {e} Training goes on; the checkpoint before it is untouched.', stacklevel=2)
+            warnings.warn(f'no checkpoint at step {step}: {e} Training goes on; '
+                          'the checkpoint before it is untouched.', stacklevel=2)
         self.last = time.monotonic()
 
     def load(self,
         settings:dict, # Of the run that wants to continue, JSON-ready
     ) -> Checkpoint|None: # None where there is nothing to continue
-        "The newest whole checkpoint of the same settings; says at once if none can be kept."
+        "The newest whole one of the same settings; says at once if none can be kept."
         found = load_checkpoint(self.folder) if self.folder.is_dir() else None
+        self._probe()
+        settings = json.loads(json.dumps(settings))
+        diff = differences(settings, found.meta['settings']) if found else []
+        if diff:
+            raise ValueError(
+                f'got the checkpoint {found.path} of another run '
+                f'({"; ".join(diff[:3])}); expected one of the same settings; '
+                'use these settings, or another folder.')
+        return found
+
+    def _probe(self) -> None:
+        "Write something and remove it: can checkpoints be kept here?"
         with replacing(self.folder/'.probe') as tmp:
             tmp.write_text('is this folder writable?', encoding='utf-8')
             _flush(tmp)
         (self.folder/'.probe').unlink(missing_ok=True)
-        if found and (diff := differences(json.loads(json.dumps(settings)), found.meta['settings'])):
-            raise ValueError(f'got the checkpoint {found.path} of another run ({"; ".join(diff[:3])}); expected one of the same settings; use these settings, or another folder.')
-        return found
 
 # %% ../nbs/00a_checkpoints.ipynb #873d1142
 class StopSignals:
-    "While this context lasts, SIGINT and SIGTERM are remembered in `received`; a second one interrupts at once."
+    "Within, SIGINT and SIGTERM are remembered in `received`; a second one interrupts."
     def __init__(self): self.received, self._old = 0, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self._old = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
+            for s in (signal.SIGINT, signal.SIGTERM):
+                self._old[s] = signal.signal(s, self._remember)
         return self
 
     def _remember(self, number, frame):

@@ -51,12 +51,13 @@ class StoredFigure(MimetypeRenderer):
         drawn = f"document.querySelector('#{div_id} > p').remove();"
         html = pio.to_html(value, full_html=False, include_plotlyjs=False,
                            auto_play=False, div_id=div_id, post_script=drawn,
-                           config=dict(responsive=True, displaylogo=False), validate=False)
+                           config=dict(responsive=True, displaylogo=False),
+                           validate=False)
         html = html.replace('></div>', f'>{_MISSING}</div>', 1)  # the figure's element
         return {'application/vnd.plotly.v1+json': value, 'text/html': html}
 
 # %% ../nbs/01_plotting.ipynb #1a93bb87
-def template() -> go.layout.Template: # Transparent, with ink that reads on light and dark
+def template() -> go.layout.Template: # Transparent, with ink for light and dark
     "The look of every figure."
     axis = dict(gridcolor=GRID, zerolinecolor=GRID, linecolor=INK,
                 ticks='outside', tickcolor=GRID, automargin=True)
@@ -94,7 +95,8 @@ def lines(
     check(bool(table[x].notna().all()), f'NaN in {x!r}', 'a place for each row',
           'drop those rows')
     empty = [y for y in ys if table[y].isna().all()]
-    check(not empty, f'nothing but NaN in {empty}', 'a number to draw', 'leave them out')
+    check(not empty, f'nothing but NaN in {empty}', 'a number to draw',
+          'leave them out')
     fig = go.Figure()
     for i,y in enumerate(ys):
         fig.add_scatter(x=table[x], y=table[y], name=y,
@@ -127,11 +129,12 @@ def curves(
         _check_finite(points, name)
         x, rows = list(points), list(points.values())
         band = [r.high for r in rows]+[r.low for r in rows][::-1]
-        fig.add_scatter(x=x+x[::-1], y=band, fill='toself', fillcolor=faint(COLORS[i%6]),
-                        line_width=0, hoverinfo='skip', legendgroup=name, showlegend=False)
+        color, group = COLORS[i%6], dict(legendgroup=name)
+        fig.add_scatter(x=x+x[::-1], y=band, fill='toself', fillcolor=faint(color),
+                        line_width=0, hoverinfo='skip', showlegend=False, **group)
         fig.add_scatter(x=x, y=[r.value for r in rows], name=name, mode='lines+markers',
-                        line=dict(color=COLORS[i%6], dash=DASHES[i%6]), legendgroup=name,
-                        marker=dict(symbol=MARKERS[i%6], size=8))
+                        line=dict(color=color, dash=DASHES[i%6]),
+                        marker=dict(symbol=MARKERS[i%6], size=8), **group)
     axis = lambda name, log: dict(title=name, type='log' if log else '-')
     return fig.update_layout(title=wrapped(title), showlegend=len(groups) > 1,
                              xaxis=axis(x_title, log_x), yaxis=axis(y_title, log_y))
@@ -164,7 +167,8 @@ def histogram(
         heights, _ = np.histogram(v, edges, weights=weights[k] if weights else None)
         pattern = dict(shape=['', '/', '.'][i%3])
         fig.add_bar(x=(edges[1:]+edges[:-1])/2, y=heights, width=np.diff(edges),
-                    name=k, opacity=.75, marker=dict(color=COLORS[i%6], pattern=pattern))
+                    name=k, opacity=.75,
+                    marker=dict(color=COLORS[i%6], pattern=pattern))
     return fig.update_layout(title=wrapped(title), barmode='overlay', bargap=0,
                              showlegend=len(groups) > 1, xaxis_title=x_title,
                              yaxis=dict(title=y_title, type='log' if log_y else '-'))
@@ -183,8 +187,9 @@ def estimates(
                         array=[r.high-r.value for r in rows.values()],
                         arrayminus=[r.value-r.low for r in rows.values()])
         fig.add_scatter(x=[r.value for r in rows.values()], y=list(rows), name=name,
-                        mode='markers', orientation='h', offsetgroup=name, error_x=whiskers,
-                        marker=dict(symbol=MARKERS[i%6], size=11, color=COLORS[i%6]))
+                        mode='markers', orientation='h', offsetgroup=name,
+                        error_x=whiskers, marker=dict(
+                            symbol=MARKERS[i%6], size=11, color=COLORS[i%6]))
     return fig.update_layout(title=wrapped(title), xaxis_title=x_title,
                              yaxis=dict(autorange='reversed'),
                              scattermode='group', scattergap=.7)
@@ -200,31 +205,33 @@ def arrows(
     fig = _grid(list(panels))
     for k,(name, W) in enumerate(panels.items()):
         check(np.ndim(W) == 2 and len(W) == 2, f'{name!r} of shape {np.shape(W)}',
-              '(2, n), the two coordinates of each direction', 'transpose or project it')
+              '(2, n), two coordinates of each direction', 'transpose or project it')
         for j,(u, v) in enumerate(np.round(W, 3).T):
-            s = j//set_size
-            line = dict(width=3, color=COLORS[s%6], dash=DASHES[s%6 if set_size > 1 else 0])
-            tip = dict(size=[0, 9], symbol=MARKERS[s%6 if set_size > 1 else 0])
-            label = f'set {s}, feature {j}' if set_size > 1 else f'feature {j}'
-            fig.add_scatter(x=[0, u], y=[0, v], mode='lines+markers', line=line, marker=tip,
-                            hovertemplate=label+': (%{x:.2f}, %{y:.2f})<extra></extra>',
-                            **_place(fig, k))
+            fig.add_scatter(x=[0, u], y=[0, v], **_arrow(j, set_size), **_place(fig, k))
         fig.update_yaxes(scaleanchor=f'x{k+1 if k else ""}', **_place(fig, k))
     fig.update_xaxes(range=[-reach, reach]).update_yaxes(range=[-reach, reach])
     fig.for_each_xaxis(_bare).for_each_yaxis(_bare)
     return fig.update_layout(title=wrapped(title), margin=dict(t=110, b=10, l=10, r=10))
 
+def _arrow(j:int, set_size:int) -> dict:
+    "The look of direction j: its own colour, or that of its set with dash and marker."
+    s, alone = j//set_size, set_size == 1
+    label = f'feature {j}' if alone else f'set {s}, feature {j}'
+    line = dict(width=3, color=COLORS[s%6], dash=DASHES[0 if alone else s%6])
+    tip = dict(size=[0, 9], symbol=MARKERS[0 if alone else s%6])
+    return dict(mode='lines+markers', line=line, marker=tip,
+                hovertemplate=label+': (%{x:.2f}, %{y:.2f})<extra></extra>')
+
 def _bare(axis) -> None: axis.update(showticklabels=False, ticks='', zeroline=True)
 
-def _grid(names:list[str], most:int=4, **kwargs) -> go.Figure:
-    "A panel per name in rows of equal length, with room for them."
+def _grid(names:list[str], most:int=4) -> go.Figure:
+    "A panel per name in rows of about equal length, with room for them."
     check(len(names) > 0, 'no panel', 'at least one', 'pass something to draw')
     rows = -(-len(names)//most)
-    cols = -(-len(names)//rows)
-    fig = make_subplots(rows=rows, cols=cols, subplot_titles=names, horizontal_spacing=.03,
-                        vertical_spacing=.22/rows, **kwargs)
-    return fig.update_layout(height=120+200*rows, showlegend=False).update_annotations(
-        font_size=12)
+    fig = make_subplots(rows=rows, cols=-(-len(names)//rows), subplot_titles=names,
+                        horizontal_spacing=.03, vertical_spacing=.22/rows)
+    fig.update_layout(height=120+200*rows, showlegend=False)
+    return fig.update_annotations(font_size=12)
 
 def _place(fig:go.Figure, k:int) -> dict:
     "Row and column of panel k."
@@ -242,13 +249,14 @@ def matrices(
 ) -> go.Figure: # A heat map per entry
     "Heat maps side by side under one diverging scale."
     fig = _grid(list(panels))
+    hover = f'{y_title} %{{y}}, {x_title} %{{x}}: %{{z:.2f}}<extra></extra>'
     for k,M in enumerate(panels.values()):
-        hover = f'{y_title} %{{y}}, {x_title} %{{x}}: %{{z:.2f}}<extra></extra>'
         fig.add_heatmap(z=np.round(M, 3), coloraxis='coloraxis', hovertemplate=hover,
                         **_place(fig, k))
     reach = reach or max(float(np.abs(M).max()) for M in panels.values())
     fig.update_xaxes(title=x_title, constrain='domain')
-    fig.update_yaxes(autorange='reversed', constrain='domain').update_yaxes(title=y_title, col=1)
+    fig.update_yaxes(autorange='reversed', constrain='domain')
+    fig.update_yaxes(title=y_title, col=1)
     bar = dict(title=color_title, thickness=10, len=.8)
     scale = dict(colorscale='RdBu_r', cmin=-reach, cmax=reach, colorbar=bar)
     return fig.update_layout(title=wrapped(title), coloraxis=scale, margin=dict(t=100),
@@ -265,27 +273,36 @@ def matrices_over_bars(
 ) -> go.Figure: # Two rows of k panels
     "Heat maps over bars, a column per model."
     k, (matrix, length, shade) = len(names), titles
-    check(len(matrices) == len(lengths) == len(shades) == k, f'{len(matrices)} matrices, '
-          f'{len(lengths)} rows of bars and {k} names', 'as many', 'give one name per panel')
+    for what, given in (('matrices', matrices), ('bars', lengths), ('shades', shades)):
+        check(len(given) == k, f'{len(given)} panels of {what} and {k} names', 'as many',
+              'give one name per panel')
     fig = make_subplots(rows=2, cols=k, subplot_titles=names, vertical_spacing=.04,
                         horizontal_spacing=.02)
+    tip = f'feature %{{y}}: {length} %{{x:.2f}}, {shade} %{{marker.color:.2f}}'
     for i,(M, v, s) in enumerate(zip(matrices, lengths, shades)):
         fig.add_heatmap(z=np.round(M, 3), coloraxis='coloraxis', row=1, col=i+1,
                         hovertemplate='features %{y}, %{x}: %{z:.2f}<extra></extra>')
-        color = dict(color=np.round(s, 3), coloraxis='coloraxis2', line=dict(width=.5, color=INK))
-        hover = f'feature %{{y}}: {length} %{{x:.2f}}, {shade} %{{marker.color:.2f}}<extra></extra>'
-        fig.add_bar(x=np.round(v, 3), orientation='h', marker=color, hovertemplate=hover,
-                    row=2, col=i+1)
+        look = dict(color=np.round(s, 3), coloraxis='coloraxis2', line=_EDGE)
+        fig.add_bar(x=np.round(v, 3), orientation='h', marker=look, row=2, col=i+1,
+                    hovertemplate=tip+'<extra></extra>')
+    return _two_scales(fig, title, titles)
+
+_EDGE = dict(width=.5, color=INK)
+
+def _two_scales(fig:go.Figure, title:str, titles:tuple) -> go.Figure:
+    "Axes and the two colour bars of `matrices_over_bars`."
+    matrix, length, shade = titles
     fig.update_yaxes(autorange='reversed', showticklabels=False, ticks='')
     fig.update_yaxes(title='feature', col=1)
     fig.update_xaxes(showticklabels=False, ticks='', row=1)
     fig.update_xaxes(title=length, range=[0, 1.25], tickvals=[0, 1], row=2)
     bar = dict(thickness=10, len=.45, x=1.01, outlinewidth=0)
-    signed = dict(colorscale='RdBu_r', cmin=-1, cmax=1, colorbar=dict(bar, y=.78, title=matrix))
-    shared = dict(colorscale='Viridis', cmin=0, cmax=1, colorbar=dict(bar, y=.22, title=shade))
+    upper, lower = dict(bar, y=.78, title=matrix), dict(bar, y=.22, title=shade)
+    signed = dict(colorscale='RdBu_r', cmin=-1, cmax=1, colorbar=upper)
+    shared = dict(colorscale='Viridis', cmin=0, cmax=1, colorbar=lower)
     return fig.update_annotations(font_size=12).update_layout(
-        title=wrapped(title), showlegend=False, height=520, bargap=.05, margin=dict(t=100),
-        coloraxis=signed, coloraxis2=shared)
+        title=wrapped(title), coloraxis=signed, coloraxis2=shared, showlegend=False,
+        height=520, bargap=.05, margin=dict(t=100))
 
 # %% ../nbs/01_plotting.ipynb #c000000d
 def stacked_bars(
@@ -298,17 +315,19 @@ def stacked_bars(
     shade_title:str='shared', # The quantity of the shades
 ) -> go.Figure: # A stack per name
     "Stacks of shaded parts."
-    check(len(lengths) == len(names), f'{len(names)} names', f'one for each of {len(lengths)} bars',
-          'give as many')
+    check(len(lengths) == len(names), f'{len(names)} names',
+          f'one for each of {len(lengths)} bars', 'give as many')
     fig = go.Figure()
+    tip = f'%{{y:.2f}}, {shade_title} %{{customdata:.2f}}<extra></extra>'
     for j,(v, s) in enumerate(zip(np.round(lengths, 3).T, np.round(shades, 3).T)):
-        edges = dict(width=[.3*(a > .05) for a in v], color=INK)
         color = sample_colorscale('Viridis', np.clip(s, 0, 1).tolist())
+        edges = dict(width=[.3*(a > .05) for a in v], color=INK)
         fig.add_bar(x=names, y=v, customdata=s, marker=dict(color=color, line=edges),
-                    hovertemplate=f'feature {j}: %{{y:.2f}}, {shade_title} '
-                                  '%{customdata:.2f}<extra></extra>')
+                    hovertemplate=f'feature {j}: {tip}')
+    # a point too small to see carries the colour bar
     scale = dict(color=[0], colorscale='Viridis', cmin=0, cmax=1, showscale=True, size=.1,
                  colorbar=dict(title=shade_title, thickness=10))
-    fig.add_scatter(x=[names[0]], y=[0], mode='markers', marker=scale, hoverinfo='skip')
-    return fig.update_layout(title=wrapped(title), barmode='stack', showlegend=False, height=420,
-                             xaxis=dict(title=x_title, type='category'), yaxis_title=y_title)
+    fig.add_scatter(x=names[:1], y=[0], mode='markers', marker=scale, hoverinfo='skip')
+    return fig.update_layout(title=wrapped(title), barmode='stack', showlegend=False,
+                             height=420, yaxis_title=y_title,
+                             xaxis=dict(title=x_title, type='category'))

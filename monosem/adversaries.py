@@ -15,15 +15,20 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .core import check, make_generator
-from .toy import Inputs, ToyConfig, ToyModel, ToyTrainConfig, importance, toy_loss
+from .core import check, make_generator, ramp
+from .toy import (Inputs, ToyConfig, ToyModel, ToyTrainConfig, importance,
+                         toy_loss)
 
 # %% ../nbs/02d_adversaries.ipynb #0e9339f7
 def attack_directions(
     model:ToyModel, # Tied models with a linear hidden layer
-) -> Float[Tensor, 'n_inst n_feats n_feats']: # Row i: the unit direction that moves output i furthest; 0 if nothing does
-    "Optimal L2 attacks on each output, (W^T W)_i / |(W^T W)_i| (Elhage et al. 2022, *Relationship to Adversarial Robustness*)."
-    check(model.cfg.tied and model.cfg.hidden == 'identity', f'tied={model.cfg.tied}, hidden={model.cfg.hidden!r}', 'a tied model with a linear hidden layer', 'use projected gradient ascent for others')
+) -> Float[Tensor, 'n_inst n_feats n_feats']: # Row i moves output i furthest, or is 0
+    "Optimal L2 attacks on each output, (W^T W)_i / |(W^T W)_i|."
+    # Elhage et al. 2022, *Relationship to Adversarial Robustness*
+    check(model.cfg.tied and model.cfg.hidden == 'identity',
+          f'tied={model.cfg.tied}, hidden={model.cfg.hidden!r}',
+          'a tied model with a linear hidden layer',
+          'use projected gradient ascent for others')
     return F.normalize(model.W.mT@model.W, dim=-1)
 
 # %% ../nbs/02d_adversaries.ipynb #302f913a
@@ -33,13 +38,17 @@ def worst_attack(
     x:Float[Tensor, 'n_inst batch n_feats'], # Inputs
     budget:Float[Tensor, 'n_inst'], # Length of the attack, in units of the input
 ) -> Float[Tensor, 'n_inst batch n_feats']: # What to add to each input
-    "The analytic attack, over all outputs and both signs, that raises the squared error most."
+    "The analytic attack, of all outputs and signs, that raises the squared error most."
     U = attack_directions(model)
-    z, push = (torch.baddbmm(model.b[:, None], x@model.W.mT, model.W))[:, :, None], (budget[:, None, None]*(U@model.W.mT)@model.W)[:, None]
-    loss = torch.stack([((z+s*push).relu()-x[:, :, None]).square().sum(-1) for s in (1, -1)], -1).flatten(-2)
-    worst = loss.argmax(-1)
-    delta = torch.gather(U, 1, (worst//2)[..., None].expand_as(x))
-    return delta*((1-2*(worst%2))*budget[:, None])[..., None]
+    answer = torch.baddbmm(model.b[:, None], x@model.W.mT, model.W)  # before the ReLU
+    push = budget[:, None, None]*(U@model.W.mT)@model.W  # of each candidate
+    answer, push, target = answer[:, :, None], push[:, None], x[:, :, None]
+    losses = [((answer+sign*push).relu()-target).square().sum(-1) for sign in (1, -1)]
+    losses = torch.stack(losses, -1).flatten(-2)
+    worst = losses.argmax(-1)  # 2i raises output i, 2i+1 lowers it
+    direction = torch.gather(U, 1, (worst//2)[..., None].expand_as(x))
+    sign = 1-2*(worst%2)
+    return direction*(sign*budget[:, None])[..., None]
 
 # %% ../nbs/02d_adversaries.ipynb #e8d23856
 def attack_budget(
@@ -47,19 +56,19 @@ def attack_budget(
     share, # Length of the attack as a share of the mean norm: a number or (n_inst,)
     seed:int=77, # Of the sample the norm is measured on
 ) -> Float[Tensor, 'n_inst']: # Length of the attack, in units of the input
-    "A share of the mean L2 norm of an instance's inputs (all of them, empty ones included)."
+    "A share of the mean L2 norm of an instance's inputs, empty ones included."
     share = torch.as_tensor(share, dtype=torch.float32)
-    check(bool((share >= 0).all()), f'shares from {share.min():g} to {share.max():g}', 'shares >= 0', 'pass 0.1 for 10 % of the mean norm')
+    check(bool((share >= 0).all()), f'shares from {share.min():g} to {share.max():g}',
+          'shares >= 0', 'pass 0.1 for 10 % of the mean norm')
     return share*inputs.sample(4096, make_generator(seed)).norm(dim=-1).mean(-1)
 
-# %% ../nbs/02d_adversaries.ipynb #17b0ed01
+# %% ../nbs/02d_adversaries.ipynb #f89cc26f
 class Vulnerability(NamedTuple):
     "What the worst attack does to each instance; 1 for a model without superposition."
     harm: Float[Tensor, 'n_inst'] # Rise in loss / budget^2
     movement: Float[Tensor, 'n_inst'] # Squared movement of the answer / budget^2
     budget: Float[Tensor, 'n_inst'] # Length of the attack
 
-# %% ../nbs/02d_adversaries.ipynb #f89cc26f
 @torch.no_grad()
 def vulnerability(
     model:ToyModel, # Tied ReLU output models
@@ -70,34 +79,50 @@ def vulnerability(
     seed:int=1, # Of the inputs
 ) -> Vulnerability: # Means over inputs
     "Harm and movement of the worst analytic attack."
-    x, budget, out = inputs.sample(n, make_generator(seed)), attack_budget(inputs, share), []
-    for k in range(inputs.n_inst): # one at a time: n x n_feats^2 candidates each
-        one, v, b = model.select([k]), x[k:k+1], budget[k:k+1]
-        if skip_empty: v = v[:, v[0].any(-1)]
-        check(v.shape[1] > 0, f'only empty inputs in instance {k}', 'inputs with an active feature', 'raise n or the density')
-        attacked, y = one(v+worst_attack(one, v, b)), one(v)
-        rise = (attacked-v).square().sum(-1)-(y-v).square().sum(-1)
-        out.append(torch.stack([rise.mean(), (attacked-y).square().sum(-1).mean()])/b**2)
-    return Vulnerability(*torch.stack(out, 1), budget)
+    x, budget = inputs.sample(n, make_generator(seed)), attack_budget(inputs, share)
+    effects = []
+    for k in range(inputs.n_inst):  # one at a time: n x n_feats^2 candidates each
+        seen = x[k:k+1, x[k].any(-1)] if skip_empty else x[k:k+1]
+        check(seen.shape[1] > 0, f'only empty inputs in instance {k}',
+              'inputs with an active feature', 'raise n or the density')
+        effects.append(_effect(model.select([k]), seen, budget[k:k+1]))
+    return Vulnerability(*torch.stack(effects, 1), budget)
+
+def _effect(model:ToyModel, x:Tensor, budget:Tensor) -> Tensor:
+    "Harm and movement of one instance."
+    answer, attacked = model(x), model(x+worst_attack(model, x, budget))
+    rise = (attacked-x).square().sum(-1)-(answer-x).square().sum(-1)
+    moved = (attacked-answer).square().sum(-1)
+    return torch.stack([rise.mean(), moved.mean()])/budget**2
 
 # %% ../nbs/02d_adversaries.ipynb #91a89068
 def train_robust(
     cfg:ToyConfig, # Tied ReLU output models; `n_feats` and `n_inst` those of the inputs
     inputs:Inputs, # Where inputs come from
-    share, # Length of the attack as a share of the mean norm: a number or (n_inst,); 0 is ordinary training
-    train:ToyTrainConfig=ToyTrainConfig(), # Steps, batch, rate, decay, seed; no warm-up, weight decay or snapshots here
+    share, # Attack over mean norm: a number or (n_inst,); 0 is ordinary training
+    train:ToyTrainConfig=ToyTrainConfig(), # No warm-up, weight decay, snapshots
 ) -> ToyModel: # Without gradients
-    "Train a batch of toy models on inputs under the worst analytic attack of each step."
-    check((cfg.n_inst, cfg.n_feats) == (inputs.n_inst, inputs.n_feats), f'a model of {cfg.n_inst} instances x {cfg.n_feats} features for inputs of {inputs.n_inst} x {inputs.n_feats}', 'the same', 'set n_inst and n_feats to those of the inputs')
-    check(train.warmup == 0 and train.weight_decay == 0, f'warmup={train.warmup}, weight_decay={train.weight_decay}', '0 for both', 'leave them out')
-    model, gen, I = ToyModel(cfg), make_generator(train.seed), importance(1., cfg.n_feats)
+    "Train toy models on inputs under the worst analytic attack of each step."
+    _check_robust(cfg, inputs, train)
+    model, gen = ToyModel(cfg), make_generator(train.seed)
+    I = importance(1., cfg.n_feats)
     budget = attack_budget(inputs, share).expand(cfg.n_inst)
     opt = torch.optim.Adam(model.parameters(), lr=train.lr, fused=True)
     for i in range(train.steps):
-        for g in opt.param_groups: g['lr'] = train.lr*min(1., (train.steps-i)/(train.decay*train.steps)) if train.decay else train.lr
+        opt.param_groups[0]['lr'] = train.lr*ramp(i, train.steps, 0., train.decay)
         x = inputs.sample(train.batch, gen)
         loss = toy_loss(model(x+worst_attack(model, x, budget)), x, I)
         opt.zero_grad()
         loss.sum().backward()
         opt.step()
     return model.requires_grad_(False)
+
+def _check_robust(cfg:ToyConfig, inputs:Inputs, train:ToyTrainConfig) -> None:
+    "Refuse what does not fit, or would have no effect."
+    check((cfg.n_inst, cfg.n_feats) == (inputs.n_inst, inputs.n_feats),
+          f'a model of {cfg.n_inst} instances x {cfg.n_feats} features for inputs of '
+          f'{inputs.n_inst} x {inputs.n_feats}', 'the same',
+          'set n_inst and n_feats to those of the inputs')
+    check(train.warmup == 0 and train.weight_decay == 0,
+          f'warmup={train.warmup}, weight_decay={train.weight_decay}', '0 for both',
+          'leave them out')

@@ -11,33 +11,26 @@ __all__ = ['features_per_neuron', 'neuron_stacks', 'awake_start', 'train_abs', '
 # %% ../nbs/02e_computation.ipynb #0955fc30
 import torch
 from jaxtyping import Bool, Float, Int
+from plotly.colors import sample_colorscale
+from plotly.subplots import make_subplots
 from torch import Tensor
 
 from .core import check
-from .toy import Inputs, Signed, ToyConfig, ToyModel, TrainedToy, ToyTrainConfig, train_toy
+from .plotting import COLORS, INK, wrapped
+from .toy import (Inputs, Signed, ToyConfig, ToyModel, TrainedToy,
+                         ToyTrainConfig, train_toy)
 
 # %% ../nbs/02e_computation.ipynb #ea4d626d
 def features_per_neuron(
     W:Float[Tensor, '... d_hidden n_feats'], # Input weights, a row per neuron
-    share:float=.2, # Smallest weight that counts, as a share of the neuron's largest; in (0, 1]
-) -> Int[Tensor, '... d_hidden']: # Features of each neuron; 0 for a neuron without weights
-    "How many features a neuron carries: weights of at least `share` times its largest, in absolute size."
-    check(0 < share <= 1, f'share={share}', 'a share in (0, 1]', 'use .2 for a fifth of the largest weight')
+    share:float=.2, # Smallest weight that counts, over the neuron's largest; in (0, 1]
+) -> Int[Tensor, '... d_hidden']: # Features of each neuron; 0 without any weight
+    "How many features a neuron carries: weights of `share` times its largest, or more."
+    check(0 < share <= 1, f'share={share}', 'a share in (0, 1]',
+          'use .2 for a fifth of the largest weight')
     size = W.abs()
     top = size.amax(-1, keepdim=True)
     return ((size >= share*top) & (top > 0)).sum(-1)
-
-# %% ../nbs/02e_computation.ipynb #7bccc43a
-def _blocks(w:Tensor, least:float) -> list[dict]:
-    "The blocks of one model's stacks, largest weights next to the axis."
-    blocks = []
-    for k,row in enumerate(w.tolist()):
-        up, down, top = 0., 0., max(map(abs, row))
-        for j in sorted(range(len(row)), key=lambda j: -abs(row[j])):
-            if abs(row[j]) < max(least*top, 1e-9): break
-            blocks.append(dict(neuron=k, feature=j, base=round(up if row[j] > 0 else down, 3), height=round(row[j], 3)))
-            up, down = up+max(row[j], 0.), down+min(row[j], 0.)
-    return blocks
 
 # %% ../nbs/02e_computation.ipynb #3ef4f4c2
 def neuron_stacks(
@@ -48,35 +41,79 @@ def neuron_stacks(
     share:float=.2, # What counts as a feature of a neuron, see `features_per_neuron`
     least:float=.05, # Weights below this share of a neuron's largest are not drawn
 ): # A plotly figure
-    "A bar per neuron, its weights stacked by feature, marked by whether it carries one feature or several (Elhage et al. 2022, *Visualizing Superposition in Terms of Neurons*)."
-    from plotly.colors import sample_colorscale
-    from plotly.subplots import make_subplots
-    from monosem.plotting import COLORS, wrapped
-    check(len(names) == len(W), f'{len(names)} names', f'one for each of {len(W)} instances', 'give as many')
-    rows = -(-len(W)//columns)
-    stacks = [_blocks(w[w.abs().argmax(1).argsort(stable=True)], least) for w in W]  # neurons by their main feature
-    ends = [[b['base']+b['height'] for b in s] + [0.] for s in stacks]
-    last = max(b['feature'] for s in stacks for b in s)
-    fig = make_subplots(rows=rows, cols=columns, subplot_titles=names, shared_yaxes=True, horizontal_spacing=.1/columns, vertical_spacing=.18/rows)
-    for i,(w, s) in enumerate(zip(W, stacks)):
-        at, row = dict(row=i//columns+1, col=i%columns+1), ends[i//columns*columns:(i//columns+1)*columns]
-        fig.add_bar(x=[b['neuron'] for b in s], y=[b['height'] for b in s], base=[b['base'] for b in s], width=.8, showlegend=False,
-                    marker=dict(color=[b['feature'] for b in s], coloraxis='coloraxis', line=dict(width=.4, color='#7a7a7a')),
-                    customdata=[b['feature'] for b in s], hovertemplate='neuron %{x}, feature %{customdata}: %{y:.2f}<extra></extra>',
-                    text=[b['feature'] for b in s] if W.shape[2] <= 12 else None, textposition='inside', insidetextanchor='middle', textangle=0, **at)
-        several = features_per_neuron(w[w.abs().argmax(1).argsort(stable=True)], share) > 1
-        low = min(map(min, row)) - .08*(max(map(max, row))-min(map(min, row)))
-        for kind,(name, color, symbol) in enumerate([('neuron with one feature', COLORS[0], 'circle'), ('neuron with several', COLORS[1], 'diamond')]):
-            where = (several == bool(kind)).nonzero().flatten().tolist()
-            fig.add_scatter(x=where or [None], y=[round(low, 3)]*len(where) or [None], mode='markers', name=name, marker=dict(color=color, symbol=symbol, size=8 if len(w) < 10 else 6),
-                            legendgroup=name, showlegend=i == 0, hoverinfo='skip', **at)
+    "A bar per neuron, its weights stacked by feature, marked: one feature or several."
+    check(len(names) == len(W), f'{len(names)} names',
+          f'one for each of {len(W)} instances', 'give as many')
+    W = [w[w.abs().argmax(1).argsort(stable=True)] for w in W]  # by their main feature
+    stacks = [_blocks(w, least) for w in W]
+    rows, n_feats = -(-len(W)//columns), W[0].shape[1]
+    fig = make_subplots(rows, columns, subplot_titles=names, shared_yaxes=True,
+                        horizontal_spacing=.1/columns, vertical_spacing=.18/rows)
+    for i,(w, blocks) in enumerate(zip(W, stacks)):
+        beside = stacks[i//columns*columns:][:columns]  # the panels on the same axis
+        place = dict(row=i//columns+1, col=i%columns+1)
+        several = features_per_neuron(w, share) > 1
+        _draw_stacks(fig, blocks, numbered=n_feats <= 12, **place)
+        _draw_marks(fig, several, _below(beside), in_legend=i == 0, **place)
     fig.update_xaxes(showticklabels=False, ticks='', showgrid=False, zeroline=False)
-    fig.update_yaxes(title='weights, stacked', col=1)
-    fig.update_annotations(font_size=13)
-    inner, strength = 210*rows, .55 if W.shape[2] <= 12 else 1.  # paler where numbers are written on the blocks
-    scale = [[k/9, c.replace('rgb', 'rgba').replace(')', f',{strength})')] for k,c in enumerate(sample_colorscale('Viridis', 10))]
-    return fig.update_layout(title=wrapped(title), height=inner+190, barmode='overlay', margin=dict(t=90, b=100, r=10), uniformtext=dict(minsize=8, mode='hide'), legend=dict(orientation='h', x=0, y=-55/inner, yanchor='top'),
-                             coloraxis=dict(colorscale=scale, cmin=0, cmax=last, colorbar=dict(orientation='h', title=dict(text='feature', side='right'), thickness=8, len=.6, x=0, xanchor='left', y=-8/inner, yanchor='top', outlinewidth=0)))
+    fig.update_yaxes(title='weights, stacked', col=1).update_annotations(font_size=13)
+    last = max(b['feature'] for s in stacks for b in s)
+    _legends(fig, 210*rows, last, pale=n_feats <= 12)
+    return fig.update_layout(title=wrapped(title))
+
+def _blocks(w:Tensor, least:float) -> list[dict]:
+    "The blocks of one model's stacks, largest weights next to the axis."
+    blocks = []
+    for k,row in enumerate(w.tolist()):
+        up, down, top = 0., 0., max(map(abs, row))
+        for j in sorted(range(len(row)), key=lambda j: -abs(row[j])):
+            if abs(row[j]) < max(least*top, 1e-9): break
+            base = up if row[j] > 0 else down
+            blocks.append(dict(neuron=k, feature=j, base=round(base, 3),
+                               height=round(row[j], 3)))
+            up, down = up+max(row[j], 0.), down+min(row[j], 0.)
+    return blocks
+
+def _draw_stacks(fig, blocks:list[dict], numbered:bool, **place) -> None:
+    "One panel's blocks, coloured by feature, with its number where there are few."
+    neuron, feature, base, height = ([b[k] for b in blocks]
+                                     for k in ('neuron', 'feature', 'base', 'height'))
+    marker = dict(color=feature, coloraxis='coloraxis', line=dict(width=.4, color=INK))
+    hover = 'neuron %{x}, feature %{customdata}: %{y:.2f}<extra></extra>'
+    numbers = dict(text=feature if numbered else None, textposition='inside',
+                   insidetextanchor='middle', textangle=0)
+    fig.add_bar(x=neuron, y=height, base=base, width=.8, showlegend=False,
+                marker=marker, customdata=feature, hovertemplate=hover,
+                **numbers, **place)
+
+def _below(stacks:list[list[dict]]) -> float:
+    "A height just under all blocks."
+    ends = [[b['base']+b['height'] for b in s]+[0.] for s in stacks]
+    low, high = min(map(min, ends)), max(map(max, ends))
+    return round(low-.08*(high-low), 3)
+
+def _draw_marks(fig, several:Tensor, y:float, in_legend:bool, **place) -> None:
+    "A mark under each neuron."
+    for kind,name in enumerate(('neuron with one feature', 'neuron with several')):
+        x = (several == bool(kind)).nonzero().flatten().tolist()
+        marker = dict(color=COLORS[kind], symbol=['circle', 'diamond'][kind],
+                      size=8 if len(several) < 10 else 6)
+        fig.add_scatter(x=x or [None], y=[y]*len(x) or [None], mode='markers',
+                        name=name, marker=marker, hoverinfo='skip',
+                        legendgroup=name, showlegend=in_legend, **place)
+
+def _legends(fig, height:int, last:int, pale:bool) -> None:
+    "Colour bar and legend under the panels; pale where numbers are on the blocks."
+    shades = [c.replace('rgb', 'rgba').replace(')', f',{.55 if pale else 1.})')
+              for c in sample_colorscale('Viridis', 10)]
+    scale = [[k/9, c] for k,c in enumerate(shades)]
+    under = dict(orientation='h', x=0, yanchor='top')
+    bar = dict(under, y=-8/height, xanchor='left', thickness=8, len=.6, outlinewidth=0,
+               title=dict(text='feature', side='right'))
+    fig.update_layout(
+        height=height+190, barmode='overlay', margin=dict(t=90, b=100, r=10),
+        uniformtext=dict(minsize=8, mode='hide'), legend=dict(under, y=-55/height),
+        coloraxis=dict(colorscale=scale, cmin=0, cmax=last, colorbar=bar))
 
 # %% ../nbs/02e_computation.ipynb #77664ad0
 def awake_start(
@@ -85,8 +122,9 @@ def awake_start(
     n_inst:int=1, # Models side by side
     seed:int=0, # Of the weights
 ) -> ToyModel: # Models h = ReLU(W x), y = ReLU(W_out h + b), to be trained
-    "Untrained models for |x| in which no output is deaf to its own feature: W random, W_out = |W|^T."
-    model = ToyModel(ToyConfig(n_feats, d_hidden, n_inst, hidden='relu', tied=False, seed=seed)).requires_grad_(False)
+    "Untrained models for |x| with W_out = |W|^T: no output is deaf to its own feature."
+    cfg = ToyConfig(n_feats, d_hidden, n_inst, hidden='relu', tied=False, seed=seed)
+    model = ToyModel(cfg).requires_grad_(False)
     model.W_out.copy_(model.W.mT.abs())
     return model
 
@@ -103,11 +141,16 @@ def train_abs(
 # %% ../nbs/02e_computation.ipynb #bd0d2e26
 def balance_neurons(
     model:ToyModel, # Untied, with a ReLU hidden layer
-) -> ToyModel: # The same function, every neuron with input and output weights of equal norm
+) -> ToyModel: # The same function, input and output weights of a neuron of equal norm
     "Fix the scale of each neuron: ReLU(c z)/c = ReLU(z) for c > 0 leaves it free."
-    check(not model.cfg.tied and model.cfg.hidden == 'relu', f'tied={model.cfg.tied}, hidden={model.cfg.hidden!r}', 'an untied model with a ReLU hidden layer', 'other models have no such freedom')
+    check(not model.cfg.tied and model.cfg.hidden == 'relu',
+          f'tied={model.cfg.tied}, hidden={model.cfg.hidden!r}',
+          'an untied model with a ReLU hidden layer',
+          'other models have no such freedom')
     same = model.select(range(model.cfg.n_inst))
-    c = (same.W_out.norm(dim=-2)/same.W.norm(dim=-1).clamp_min(1e-12)).clamp_min(1e-12).sqrt()
+    hears = same.W.norm(dim=-1).clamp_min(1e-12)
+    feeds = same.W_out.norm(dim=-2)
+    c = (feeds/hears).clamp_min(1e-12).sqrt()
     same.W.mul_(c[..., None])
     same.W_out.div_(c[..., None, :])
     return same
@@ -117,12 +160,15 @@ def pure_start(
     n_feats:int, # Features n
     d_hidden:int, # Neurons m, even
     n_inst:int=1, # Models side by side
-    noise:float=.02, # Standard deviation of what is added to all weights; 0 for the exact solution
+    noise:float=.02, # Standard deviation of what is added to all weights; 0: exact
     seed:int=0, # Of the noise
 ) -> ToyModel: # Models h = ReLU(W x), y = ReLU(W_out h + b)
-    "The monosemantic solution for |x|: two neurons for each of the first d_hidden/2 features, ReLU(x) and ReLU(-x)."
-    check(d_hidden % 2 == 0 and d_hidden <= 2*n_feats, f'd_hidden={d_hidden} for {n_feats} features', 'an even number, at most two neurons per feature', 'change it')
-    model = ToyModel(ToyConfig(n_feats, d_hidden, n_inst, hidden='relu', tied=False, seed=seed)).requires_grad_(False)
+    "The monosemantic |x|: ReLU(x) and ReLU(-x) for the first d_hidden/2 features."
+    check(d_hidden % 2 == 0 and d_hidden <= 2*n_feats,
+          f'd_hidden={d_hidden} for {n_feats} features',
+          'an even number, at most two neurons per feature', 'change it')
+    cfg = ToyConfig(n_feats, d_hidden, n_inst, hidden='relu', tied=False, seed=seed)
+    model = ToyModel(cfg).requires_grad_(False)
     width = (2/(n_feats+d_hidden))**.5  # of the random weights
     model.W.mul_(noise/width)
     model.W_out.mul_(noise/width).abs_()
@@ -135,26 +181,38 @@ def pure_start(
 @torch.no_grad()
 def asymmetric_neurons(
     model:ToyModel, # Untied, with a ReLU hidden layer
-    ratio:float=1.5, # Least ratio of the two input weights, and of the two output weights the other way round
-) -> Bool[Tensor, 'n_inst d_hidden n_feats n_feats']: # Neuron k hears i loudly, feeds j loudly, and its harm to j is undone
-    "Where the asymmetric motif with inhibition occurs (Elhage et al. 2022, *The Asymmetric Superposition Motif*; the thresholds are ours)."
-    check(not model.cfg.tied and model.cfg.hidden == 'relu', f'tied={model.cfg.tied}, hidden={model.cfg.hidden!r}', 'an untied model with a ReLU hidden layer', 'train it with `train_abs`')
+    ratio:float=1.5, # Least ratio of input weights, and of output weights reversed
+) -> Bool[Tensor, 'n_inst d_hidden n_feats n_feats']: # Neuron k is asymmetric for i, j
+    "Where the asymmetric motif with inhibition occurs: i is loud, harm to j is undone."
+    # Elhage et al. 2022, *The Asymmetric Superposition Motif*; the thresholds are ours
+    check(not model.cfg.tied and model.cfg.hidden == 'relu',
+          f'tied={model.cfg.tied}, hidden={model.cfg.hidden!r}',
+          'an untied model with a ReLU hidden layer', 'train it with `train_abs`')
     hears, feeds = model.W.abs(), model.W_out.mT.clamp_min(0)
     matters = hears*feeds >= .25
     loud = hears[..., :, None] >= ratio*hears[..., None, :]
     reverse = feeds[..., None, :] >= ratio*feeds[..., :, None]
     harm = hears[..., :, None]*feeds[..., None, :]
-    sides = torch.eye(model.cfg.n_feats, device=model.W.device).expand(model.cfg.n_inst, -1, -1)
-    positive, negative = model(sides)[:, None], model(-sides)[:, None]  # answers to each feature alone
-    left = torch.where(model.W[..., None] > 0, positive, negative)
-    return matters[..., :, None] & matters[..., None, :] & loud & reverse & (harm >= .5) & (left <= harm/4)
+    undone = _answer_to_loud(model) <= harm/4
+    both = matters[..., :, None] & matters[..., None, :]
+    return both & loud & reverse & (harm >= .5) & undone
+
+def _answer_to_loud(model:ToyModel) -> Tensor: # (n_inst, d_hidden, n_feats, n_feats)
+    "What y_j is when feature i is alone, on the side that neuron k hears."
+    sides = torch.eye(model.cfg.n_feats, device=model.W.device)
+    sides = sides.expand(model.cfg.n_inst, -1, -1)
+    positive, negative = model(sides)[:, None], model(-sides)[:, None]
+    return torch.where(model.W[..., None] > 0, positive, negative)
 
 # %% ../nbs/02e_computation.ipynb #43182f62
 def one_neuron_loss(
     probs:Float[Tensor, 'n_classes'], # Probability of each class
     on:Bool[Tensor, 'n_classes'], # Classes that switch the neuron on
 ) -> float: # Nats
-    "Cross-entropy of the best prediction from one on-or-off neuron: H(class) - H(neuron) (the case of Bricken et al. 2023, *Why not use architectural approaches?*, for any probabilities)."
-    check(bool((probs >= 0).all()) and abs(float(probs.sum())-1) < 1e-5, f'probabilities that sum to {float(probs.sum()):g}', 'numbers >= 0 that sum to 1', 'normalise them')
+    "Cross-entropy of the best guess from one on-or-off neuron: H(class) - H(neuron)."
+    # Generalises Bricken et al. 2023, *Why not use architectural approaches?*
+    check(bool((probs >= 0).all()) and abs(float(probs.sum())-1) < 1e-5,
+          f'probabilities that sum to {float(probs.sum()):g}',
+          'numbers >= 0 that sum to 1', 'normalise them')
     neuron = torch.stack([probs[on].sum(), probs[~on].sum()])
-    return float(torch.special.entr(probs).sum() - torch.special.entr(neuron).sum())
+    return float(torch.special.entr(probs).sum()-torch.special.entr(neuron).sum())

@@ -130,8 +130,9 @@ def curves(
         x, rows = list(points), list(points.values())
         band = [r.high for r in rows]+[r.low for r in rows][::-1]
         color, group = COLORS[i%6], dict(legendgroup=name)
-        fig.add_scatter(x=x+x[::-1], y=band, fill='toself', fillcolor=faint(color),
-                        line_width=0, hoverinfo='skip', showlegend=False, **group)
+        fig.add_scatter(x=x+x[::-1], y=band, fill='toself', mode='lines',
+                        fillcolor=faint(color), line_width=0, hoverinfo='skip',
+                        showlegend=False, **group)
         fig.add_scatter(x=x, y=[r.value for r in rows], name=name, mode='lines+markers',
                         line=dict(color=color, dash=DASHES[i%6]),
                         marker=dict(symbol=MARKERS[i%6], size=8), **group)

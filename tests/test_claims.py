@@ -1,4 +1,4 @@
-"What the issue of first light asks of the shipped run, read from the stored results."
+"What the shipped run has to show, read from the stored results."
 import json
 
 

@@ -133,3 +133,31 @@ def test_recipes_of_the_readme_run(root, tmp_path, monkeypatch, i):
     for budget in ('2_000_000', '100_000'): code = code.replace(budget, '20_000')
     exec(code.replace('4096', '32'), names)
     assert names['sae'].cfg.n_feats == 32
+
+
+def _title(path) -> str: return ''.join(json.loads(path.read_text())['cells'][0]['source']).splitlines()[0][2:]
+
+
+def test_a_chapter_has_one_name(root):
+    "Links to the previous and the next chapter, and the table of chapters, call each by its title."
+    titles, named = {p.name: _title(p) for p in NBS}, []
+    for p in NBS:
+        text = ' '.join(''.join(c['source']) for c in json.loads(p.read_text())['cells'] if c['cell_type'] == 'markdown')
+        named += re.findall(r'\*\*(?:Previous|Next)\*\*\s+\[([^\]]+)\]\((\w+\.ipynb)\)', text)
+        rows = re.findall(r'^\|.*\|$', text, re.M) if p.name == 'index.ipynb' else []
+        named += re.findall(r'\[([^\]]+)\]\((\w+\.ipynb)\)', ' '.join(rows))
+    assert len(named) > 80 and not [(name, p) for name, p in named if ' '.join(name.split()) != titles[p]]
+
+
+def test_lines_leave_room_to_read():
+    "A page has room for 88 characters of code."
+    lines = [line for p in NBS for c in json.loads(p.read_text())['cells'] if c['cell_type'] == 'code'
+             for line in ''.join(c['source']).splitlines() if line.strip()]
+    wide = [line for line in lines if len(line) > 88]
+    assert len(wide) <= .01*len(lines), wide[:5]
+
+
+@pytest.mark.parametrize('path', [p for p in NBS if p.name not in ('index.ipynb', '03a_sources.ipynb')], ids=lambda p: p.name)
+def test_a_chapter_has_exercises_with_solutions(path):
+    text = ' '.join(''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'markdown')
+    assert re.search(r'\*\*Exercises?\.?\*\*|## Exercise', text) and '<details><summary>Solution</summary>' in text

@@ -229,7 +229,10 @@ def _grid(names:list[str], most:int=4) -> go.Figure:
     "A panel per name in rows of about equal length, with room for them."
     check(len(names) > 0, 'no panel', 'at least one', 'pass something to draw')
     rows = -(-len(names)//most)
-    fig = make_subplots(rows=rows, cols=-(-len(names)//rows), subplot_titles=names,
+    cols = -(-len(names)//rows)
+    used = [[{} if r*cols+c < len(names) else None for c in range(cols)]
+            for r in range(rows)]
+    fig = make_subplots(rows=rows, cols=cols, subplot_titles=names, specs=used,
                         horizontal_spacing=.03, vertical_spacing=.22/rows)
     fig.update_layout(height=120+200*rows, showlegend=False)
     return fig.update_annotations(font_size=12)

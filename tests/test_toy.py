@@ -9,7 +9,7 @@ from monosem.core import make_generator
 from monosem.geometry import dimensionality_scatter
 from monosem.phases import PHASES, phase_maps
 from monosem.planted import matched_cosine
-from monosem.toy import (Anticorrelated, Correlated, Points, Signed, Sparse, ToyConfig, ToyModel, ToyTrainConfig, best_of, evaluate_toy, explore,
+from monosem.toy import (Anticorrelated, Correlated, Points, Signed, Sparse, ToyConfig, ToyModel, ToyTrainConfig, best_of, evaluate_toy, explore, explorer,
                          importance, interference, linear_loss, superposition_bars, toy_loss, train_toy)
 
 SHORT = ToyTrainConfig(steps=20, batch=16)
@@ -119,7 +119,7 @@ def test_benchmark_of_the_batched_sweep(root):
     assert any(s['speedup_median'] >= 5 for s in sweeps) and all(.9 < s['best_loss_ratio'][0] < 1.1 for s in sweeps)
 
 
-def test_what_the_issue_asks_of_the_stored_claims(root):
+def test_stored_claims_agree_with_closed_forms(root):
     "Agreement with closed forms, dimensions that add up, directions recovered."
     find = lambda chapter, what: next(r for r in _rows(root, chapter) if what in r['note'])
     for size in ('n=2, m=1: cells more than one', 'n=3, m=2: cells more than one'): assert find('phases', size)['ours'] >= .95
@@ -135,6 +135,16 @@ def test_a_map_calls_its_phases_what_its_legend_calls_them():
     assert list(words)[1:] == list(PHASES[:4]) == [t.name for t in fig.data[2:]]
     at = torch.tensor(list(words.values())[1:])
     assert torch.allclose(at, torch.stack([torch.full((4,), -1.), ratios.log10()], 1), atol=1e-6)
+
+
+def test_knobs_train_once_and_refuse_what_is_no_model():
+    shown = []
+    box = explorer(show=shown.append)
+    n_feats, note = box.children[0].children[2], box.children[1].children[2]
+    n_feats.value = 12
+    assert len(shown) == 2 and len(shown[1].data[0].z) == 12
+    n_feats.value = 3
+    assert len(shown) == 2 and 'at most as many dimensions as features' in note.value
 
 
 def test_a_quantity_has_one_name_on_every_axis():

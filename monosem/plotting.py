@@ -257,6 +257,8 @@ def matrices(
     for k,M in enumerate(panels.values()):
         fig.add_heatmap(z=np.round(M, 3), coloraxis='coloraxis', hovertemplate=hover,
                         **_place(fig, k))
+        if np.shape(M)[0] == np.shape(M)[1]:
+            fig.update_yaxes(scaleanchor=f'x{k+1 if k else ""}', **_place(fig, k))
     reach = reach or max(float(np.abs(M).max()) for M in panels.values())
     fig.update_xaxes(title=x_title, constrain='domain')
     fig.update_yaxes(autorange='reversed', constrain='domain')

@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .checkpoints import differences
-from .core import (Config, check, content_hash, json_ready, make_generator, progress,
-                          replacing, write_json)
+from .core import (Config, check, content_hash, json_ready, make_generator,
+                          progress, replacing, write_json)
 from .tokens import TokenWindows
 from .hooked import HookedModel, at_hook, fitting, kept
 
@@ -35,35 +35,33 @@ class StreamConfig(Config):
     per_window: int = 96    # Random positions taken from each window
     skip_first: int = 0     # Positions at the start of a window that are never taken
     skip_tokens: tuple = () # Token ids whose positions are never taken
-    passes: int = 1         # Times each window is used; other positions and another order in each pass
+    passes: int = 1         # Times each window is used, each with other positions
     seed: int = 0           # Of the order
 
     def __post_init__(self):
         check(0 < self.batch <= self.block, f'batch={self.batch}, block={self.block}',
               '0 < batch <= block', 'shrink the batch or grow the block')
-        check(self.skip_first >= 0, f'skip_first={self.skip_first}', 'at least 0', 'raise it')
+        check(self.skip_first >= 0, f'skip_first={self.skip_first}', 'at least 0',
+              'raise it')
         for k in ('per_window', 'passes'):
-            check(getattr(self, k) > 0, f'{k}={getattr(self, k)}', 'at least 1', 'raise it')
-
-# %% ../nbs/05_activations.ipynb #15242b89
-def _generator(*key) -> torch.Generator:
-    "Random numbers that belong to a place in the stream."
-    return make_generator(int(content_hash(list(key)), 16))
+            n = getattr(self, k)
+            check(n > 0, f'{k}={n}', 'at least 1', 'raise it')
 
 # %% ../nbs/05_activations.ipynb #150d433d
 class ShuffledBlocks:
-    "Batches of vectors from blocks that are permuted one at a time; what streams from a model, from a disk and from an array share."
+    "Batches of vectors from blocks that are permuted one at a time."
     def __init__(self,
         batch:int, # Vectors per batch
         passes:int=1, # Times over all blocks
         seed:int=0, # Of the order
-        overlap:bool=False, # Fetch the next block in a thread meanwhile; needs memory for two
+        overlap:bool=False, # Fetch the next block in a thread; needs memory for two
     ):
         self.batch, self.passes, self.seed, self.overlap = batch, passes, seed, overlap
-        check(batch > 0 and passes > 0, f'batch={batch}, passes={passes}', 'at least 1 of each',
-              'raise them')
+        check(batch > 0 and passes > 0, f'batch={batch}, passes={passes}',
+              'at least 1 of each', 'raise them')
         most = max(self.sizes(0), default=0)
-        check(len(self) > 0, f'blocks of up to {most:,} vectors for batches of {batch:,}',
+        check(len(self) > 0,
+              f'blocks of up to {most:,} vectors for batches of {batch:,}',
               'at least one batch', 'use more text or a smaller batch')
 
     def sizes(self, n_pass:int=0) -> list[int]:
@@ -94,61 +92,74 @@ class ShuffledBlocks:
 
     def __iter__(self) -> Iterator[Float[Tensor, 'batch d_in']]: return self.batches()
 
-    def _plan(self, start:int) -> Iterator[tuple[int, int, int]]:
-        "Pass, block, and first batch in the block, from batch `start` on."
-        for p in range(self.passes):
-            sizes = self.sizes(p)
-            for i in torch.randperm(len(sizes), generator=_generator(self.seed, p)).tolist():
-                n = sizes[i]//self.batch
-                if n > start: yield p, i, start
-                start = max(0, start-n)
-
     def batches(self,
         start:int=0, # Batches to leave out
     ) -> Iterator[Float[Tensor, 'batch d_in']]:
-        "The batches from number `start` on, as a pass from the beginning would give them."
-        if not self.overlap:
-            for place in self._plan(start): yield from self._cut(self.block(*place[:2]), *place)
+        "The batches from number `start` on, as a pass from the start would give them."
+        if self.overlap:
+            yield from self._fetched_ahead(start)
             return
+        for n_pass, i, first in self._plan(start):
+            yield from self._cut(self.block(n_pass, i), n_pass, i, first)
+
+    def _fetched_ahead(self, start:int) -> Iterator[Tensor]:
+        "The same; the next block is fetched in a thread."
         with ThreadPoolExecutor(1) as thread:
             plan = self._plan(start)
             place, ahead = next(plan, None), None
             if place: ahead = thread.submit(self.block, *place[:2])
             while place:
-                pool, here, place = ahead.result(), place, next(plan, None)
+                pool, here = ahead.result(), place
+                place = next(plan, None)
                 if place: ahead = thread.submit(self.block, *place[:2])
                 yield from self._cut(pool, *here)
 
+    def _plan(self, start:int) -> Iterator[tuple[int, int, int]]:
+        "Pass, block, and first batch in the block, from batch `start` on."
+        for p in range(self.passes):
+            sizes, gen = self.sizes(p), _generator(self.seed, p)
+            for i in torch.randperm(len(sizes), generator=gen).tolist():
+                n = sizes[i]//self.batch
+                if n > start: yield p, i, start
+                start = max(0, start-n)
+
     def _cut(self, pool:Tensor, n_pass:int, i:int, first:int) -> Iterator[Tensor]:
         "Permute a block and cut it into batches."
-        order = torch.randperm(len(pool), generator=_generator(self.seed, n_pass, i))
-        order = order.to(pool.device)
+        gen = _generator(self.seed, n_pass, i)
+        order = torch.randperm(len(pool), generator=gen).to(pool.device)
         for k in range(first, len(pool)//self.batch):
             yield pool[order[k*self.batch:(k+1)*self.batch]].float()
 
+def _generator(*key) -> torch.Generator:
+    "Random numbers that belong to a place in the stream."
+    return make_generator(int(content_hash(list(key)), 16))
+
 # %% ../nbs/05_activations.ipynb #b83d7b1c
 class ActivationStream(ShuffledBlocks):
-    "Shuffled activation vectors in batches, straight from a model; no vector twice in a pass."
+    "Shuffled activation vectors in batches, from a model; no vector twice in a pass."
     def __init__(self,
-        acts_of:Callable[[Tensor], Tensor], # Tokens (batch, pos) to activations (batch, pos, d_in): a model at a hook point, see `at_hook`, or a function
+        acts_of:Callable[[Tensor], Tensor], # Tokens to (batch, pos, d_in): `at_hook`
         windows:TokenWindows, # Where the vectors come from
         cfg:StreamConfig=StreamConfig(), # How they are drawn
         device:str|torch.device|None=None, # Where the model is; None asks it
-        harvest_batch:int=16, # Windows per forward pass; few enough that their activations stay in the cache
-        overlap:bool|None=None, # Harvest the next block while this one is used; by default where the model is on an accelerator
+        harvest_batch:int=16, # Windows per forward pass; few stay in the cache
+        overlap:bool|None=None, # Harvest a block ahead; None: on an accelerator only
     ):
         n_pos = windows.tokens.shape[1]-cfg.skip_first
-        check(cfg.per_window <= n_pos, f'per_window={cfg.per_window} of {n_pos} positions',
+        check(cfg.per_window <= n_pos,
+              f'per_window={cfg.per_window} of {n_pos} positions',
               'at most all of them', 'lower per_window')
         if isinstance(acts_of, HookedModel): fitting(acts_of, windows=windows)
         self.acts_of, self.windows, self.cfg = acts_of, windows, cfg
-        device = device or getattr(acts_of, 'device', 'cpu')
-        self.device, self.harvest_batch = torch.device(device), harvest_batch
-        self.tokens, self.per_block = windows.ids(), max(1, cfg.block//cfg.per_window)
-        self.allowed, self._sizes = kept(self.tokens, cfg.skip_tokens), {}
+        self.device = torch.device(device or getattr(acts_of, 'device', 'cpu'))
+        self.harvest_batch = harvest_batch
+        self.per_block = max(1, cfg.block//cfg.per_window)
+        self.tokens, self._sizes = windows.ids(), {}
+        self.allowed = kept(self.tokens, cfg.skip_tokens)
         self.allowed[:, :cfg.skip_first] = False
-        alone = getattr(acts_of, 'overlap', True)  # several processes must talk in one order
-        overlap = alone and self.device.type != 'cpu' if overlap is None else overlap
+        if overlap is None:
+            alone = getattr(acts_of, 'overlap', True)  # processes talk in one order
+            overlap = alone and self.device.type != 'cpu'
         super().__init__(cfg.batch, cfg.passes, cfg.seed, overlap)
 
     def _windows_of(self, n_pass:int) -> tuple[Tensor, ...]:
@@ -167,17 +178,21 @@ class ActivationStream(ShuffledBlocks):
         "Harvest one block, window by window, positions drawn at random."
         gen, out, at = _generator('harvest', self.seed, n_pass, i), None, 0
         for rows in self._windows_of(n_pass)[i].split(self.harvest_batch):
-            acts = self.acts_of(self.tokens[rows].to(self.device))
-            check(bool(torch.isfinite(acts).all()),
-                  f'NaN or infinite activations in windows {rows[:3].tolist()}...',
-                  'finite numbers', 'check the model')
-            pos, use = self._positions(rows, gen)
-            x = acts.gather(1, pos[..., None].to(acts.device).expand(-1, -1, acts.shape[-1]))
-            x = x[use.to(acts.device)]
+            x = self._drawn(rows, gen)
             if out is None: out = x.new_empty(self.sizes(n_pass)[i], x.shape[-1])
             out[at:at+len(x)] = x
             at += len(x)
         return out
+
+    def _drawn(self, rows:Tensor, gen:torch.Generator) -> Tensor:
+        "The activations at random positions of some windows."
+        acts = self.acts_of(self.tokens[rows].to(self.device))
+        check(bool(torch.isfinite(acts).all()),
+              f'NaN or infinite activations in windows {rows[:3].tolist()}...',
+              'finite numbers', 'check the model')
+        pos, use = (t.to(acts.device) for t in self._positions(rows, gen))
+        every_unit = pos[..., None].expand(-1, -1, acts.shape[-1])
+        return acts.gather(1, every_unit)[use]
 
     def _positions(self, rows:Tensor, gen:torch.Generator) -> tuple[Tensor, Tensor]:
         "Random positions of some windows, and which of them are allowed."
@@ -195,7 +210,7 @@ class ActivationStream(ShuffledBlocks):
         return known
 
     def settings(self) -> dict:
-        "What decides the vectors: configuration, text, and the model's weights or, for a function, its activations."
+        "What decides the vectors: configuration, text, weights (or function's values)."
         acts = self.origin or self._probe()
         return dict(stream=self.cfg.to_dict(), windows=self.windows.hash,
                     tokenizer=self.windows.tokenizer, acts=acts)
@@ -212,15 +227,12 @@ def neighbour_excess(
     "How much more alike neighbours are than strangers; 0 for a shuffled order."
     x = torch.nn.functional.normalize(x, dim=-1)
     far = x[torch.randperm(len(x), generator=make_generator(0))]
-    return float((x[1:]*x[:-1]).sum(-1).mean() - (far[1:]*far[:-1]).sum(-1).mean())
-
-# %% ../nbs/05_activations.ipynb #b9427383
-def _sha256(path:Path) -> str:
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    neighbours, strangers = (x[1:]*x[:-1]).sum(-1), (far[1:]*far[:-1]).sum(-1)
+    return float(neighbours.mean()-strangers.mean())
 
 # %% ../nbs/05_activations.ipynb #9492c86d
 class ActivationStore(ShuffledBlocks):
-    "Shuffled activation vectors in batches from a folder written by `store_activations`."
+    "Shuffled activation vectors in batches from a folder of `store_activations`."
     def __init__(self,
         folder:str|Path, # The store
         batch:int=StreamConfig.batch, # Vectors per batch
@@ -229,7 +241,8 @@ class ActivationStore(ShuffledBlocks):
     ):
         self.folder, self.checked = Path(folder), set()
         listing = self.folder/'store.json'
-        check(listing.is_file(), f'no {listing}', 'a folder written by store_activations',
+        check(listing.is_file(), f'no {listing}',
+              'a folder written by store_activations',
               'store the activations first', FileNotFoundError)
         self.listing = json.loads(listing.read_text(encoding='utf-8'))
         n, of = len(self.listing['blocks']), len(self.listing['sizes'])
@@ -242,7 +255,8 @@ class ActivationStore(ShuffledBlocks):
     def block(self, n_pass:int, i:int) -> Float[Tensor, 'n d_in']:
         "One block, mapped into memory."
         path = self.folder/f'block-{i:05d}.npy'
-        ok = path.is_file() and (i in self.checked or _sha256(path) == self.listing['blocks'][i])
+        known = self.listing['blocks'][i]
+        ok = path.is_file() and (i in self.checked or _sha256(path) == known)
         check(ok, f'a missing, truncated or altered {path}', 'the file that was stored',
               f'remove {self.folder} and store the activations again')
         self.checked.add(i)
@@ -255,8 +269,11 @@ class ActivationStore(ShuffledBlocks):
 
     def settings(self) -> dict:
         "What decides the vectors."
-        return dict(store=content_hash(self.listing), batch=self.batch, passes=self.passes,
-                    seed=self.seed)
+        return dict(store=content_hash(self.listing), batch=self.batch,
+                    passes=self.passes, seed=self.seed)
+
+def _sha256(path:Path) -> str:
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/05_activations.ipynb #e62d0801
 def store_activations(
@@ -265,13 +282,15 @@ def store_activations(
     half:bool=True, # In half precision, else float32
 ) -> ActivationStore: # The same vectors, from disk
     "Write a stream's blocks to a folder, with checksums."
-    folder, listing, sizes = Path(folder), Path(folder)/'store.json', stream.sizes(0)
+    folder, sizes = Path(folder), stream.sizes(0)
+    listing = folder/'store.json'
     settings = json.loads(json.dumps(stream.settings() | dict(half=half)))
     done = dict(settings=settings, sizes=sizes, blocks=[])
     if listing.is_file(): done = json.loads(listing.read_text(encoding='utf-8'))
     if diff := differences(settings, done['settings']):
-        raise ValueError(f'got the store {folder} of other activations ({"; ".join(diff[:3])}); '
-                         'expected one of the same; choose another folder.')
+        raise ValueError(f'got the store {folder} of other activations '
+                         f'({"; ".join(diff[:3])}); expected one of the same; '
+                         'choose another folder.')
     with progress(sum(sizes), f'storing in {folder.name}', 'vec') as bar:
         bar.update(sum(sizes[:len(done['blocks'])]))
         for i in range(len(done['blocks']), len(sizes)):
@@ -295,11 +314,12 @@ class ArrayStream(ShuffledBlocks):
     "Shuffled batches of vectors that one has already."
     def __init__(self,
         x:Tensor|np.ndarray, # (n, d_in) vectors, real numbers of any type
-        batch:int=StreamConfig.batch, # Vectors per batch; what does not fill the last is left out
+        batch:int=StreamConfig.batch, # Vectors per batch; a rest is left out
         passes:int=1, # Times over all vectors, each in another order
         seed:int=0, # Of the order
     ):
-        self.x = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x)
+        if isinstance(x, np.ndarray): x = np.ascontiguousarray(x)
+        self.x = torch.as_tensor(x)
         check(self.x.ndim == 2 and len(self.x) > 0 and not self.x.is_complex(),
               f'an array of shape {tuple(self.x.shape)} and type {self.x.dtype}',
               '(n, d_in) real numbers', 'reshape or convert it')
@@ -319,7 +339,8 @@ class ArrayStream(ShuffledBlocks):
 def _checksum(x:Tensor, before:int=0) -> int:
     "CRC-32 of the numbers, in the order of the rows; goes on from another."
     for part in x.split(65_536):
-        before = zlib.crc32(part.detach().cpu().contiguous().view(torch.uint8).numpy(), before)
+        numbers = part.detach().cpu().contiguous()
+        before = zlib.crc32(numbers.view(torch.uint8).numpy(), before)
     return before
 
 # %% ../nbs/05_activations.ipynb #a05c0007
@@ -347,11 +368,13 @@ class GivenBatches:
         before, self.seen, n = self.seen, 0, 0
         for x in self.source:
             if n == len(self):
-                warnings.warn(f'more than {n} batches; the rest is left out.', stacklevel=2)
+                warnings.warn(f'more than {n} batches; the rest is left out.',
+                              stacklevel=2)
                 return
             x, n = _vectors(x, n), n+1
             self.seen = _checksum(x, self.seen)
-            check(n != start or self.seen == before, 'other batches, or another order of them, '
+            check(n != start or self.seen == before,
+                  'other batches, or another order of them, '
                   f'than the {n} that this run has seen', 'the same ones',
                   'seed the loader (generator=...), or use ArrayStream')
             if n > start: yield x
@@ -379,10 +402,13 @@ def _vectors(x:Any, i:int) -> Tensor:
     "One batch, in float32."
     while isinstance(x, (list, tuple)) and len(x) == 1: x = x[0]  # of a TensorDataset
     ok = isinstance(x, (Tensor, np.ndarray)) and x.ndim == 2 and len(x) > 0
-    shape = f'of shape {tuple(x.shape)}' if hasattr(x, 'shape') else f'a {type(x).__name__}'
-    check(ok, f'batch {i} {shape}', '(batch, d_in) with at least one vector', 'remove or reshape it')
+    shape = f'a {type(x).__name__}'
+    if hasattr(x, 'shape'): shape = f'of shape {tuple(x.shape)}'
+    check(ok, f'batch {i} {shape}', '(batch, d_in) with at least one vector',
+          'remove or reshape it')
     return torch.as_tensor(x).float()
 
+# %% ../nbs/05_activations.ipynb #e5a0000b
 def as_stream(
     source, # A stream, an array (n, d_in), a list of batches, a DataLoader
 ): # With a length, `batches(start)`, `settings()`, `origin` and `n_vectors`

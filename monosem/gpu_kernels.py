@@ -9,7 +9,7 @@ __all__ = ['sparse_gradients_gpu']
 
 # %% ../nbs/06b_gpu_kernels.ipynb #e09411ed
 from functools import lru_cache
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -21,23 +21,30 @@ from .kernels import Gradients, _same_place
 from .sae import SAE, SAELoss
 
 # %% ../nbs/06b_gpu_kernels.ipynb #f5e7979c
+class _Entries(NamedTuple):
+    "Active features, by vector and within a vector by feature."
+    row: Tensor    # (n_active,) number of the vector
+    index: Tensor  # (n_active,) number of the feature
+    value: Tensor  # (n_active,) activation > 0
+
 def _positive_entries(
     sae:SAE, # The dictionary
     x:Float[Tensor, 'batch d_in'], # Activations
     tile:int, # Vectors whose pre-activations are kept at a time
-) -> tuple[Int[Tensor, 'n_active'], Int[Tensor, 'n_active'], Float[Tensor, 'n_active']]: # Vector, feature, activation > 0
-    "The active features, by vector and within a vector by feature."
+) -> _Entries: # In order
+    "The active features."
     bias, parts = sae.b_enc-sae.b_dec@sae.W_enc, []
     for i,rows in enumerate(x.split(tile)):
         pre = torch.addmm(bias, rows, sae.W_enc)
         row, index = (pre > 0).nonzero(as_tuple=True)
         parts.append((row+i*tile, index, pre[row, index]))
-    return tuple(torch.cat(p) for p in zip(*parts))
+    return _Entries(*(torch.cat(p) for p in zip(*parts)))
 
+# %% ../nbs/06b_gpu_kernels.ipynb #e6b00004
 def _offsets(
     number:Int[Tensor, 'n_active'], # A vector or feature for each entry
     n:int, # How many there are
-) -> Int[Tensor, 'n_plus_1']: # Item i has entries out[i] to out[i+1], once they are in order
+) -> Int[Tensor, 'n_plus_1']: # Item i has entries out[i] to out[i+1], once in order
     "Where each item's entries begin."
     return F.pad(torch.bincount(number, minlength=n).cumsum(0), (1, 0))
 
@@ -45,52 +52,71 @@ def _offsets(
 @lru_cache
 @no_type_check # the kernels' annotations are for Triton's compiler
 def _kernels():
-    "The two kernels, and whether the interpreter runs them; Triton is imported at the first use."
-    try: import triton, triton.language as tl
-    except ImportError as e:
-        raise ImportError('got a Python without the package triton; expected it for sparse gradients on a GPU; '
-                          'run `pip install triton` (Linux; it comes with the CUDA builds of torch), or use dense_gradients.') from e
+    "The two kernels, and whether the interpreter runs them; Triton is imported here."
+    triton, tl = _triton()
 
     @triton.jit
-    def decode(x, W_dec, b_dec, start, index, value, delta, g, mse, scale, push, d_in, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
+    def decode(x, W_dec, b_dec, start, index, value, delta, g, mse,
+               scale, push, d_in, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
         b = tl.program_id(0).to(tl.int64)
         k, d = tl.arange(0, ENTRIES), tl.arange(0, BLOCK)
-        inside, lo, hi = d < d_in, tl.load(start+b), tl.load(start+b+1)
+        lo, hi = tl.load(start+b), tl.load(start+b+1)
+        inside = d < d_in
         total = tl.zeros((ENTRIES, BLOCK), tl.float32)
         for p in range(lo, hi, ENTRIES):
             some = p+k < hi
             j, v = tl.load(index+p+k, some, 0), tl.load(value+p+k, some, 0.)
-            total += v[:, None]*tl.load(W_dec+j[:, None]*d_in+d[None, :], some[:, None] & inside[None, :], 0.)
-        r = tl.sum(total, 0)+(tl.load(b_dec+d, inside, 0.)-tl.load(x+b*d_in+d, inside, 0.))
+            on = some[:, None] & inside[None, :]
+            w = tl.load(W_dec+j[:, None]*d_in+d[None, :], on, 0.)
+            total += v[:, None]*w
+        x_b, bias = tl.load(x+b*d_in+d, inside, 0.), tl.load(b_dec+d, inside, 0.)
+        r = tl.sum(total, 0)+(bias-x_b)
         tl.store(mse+b, tl.sum(r*r, 0))
         r = r*scale
         tl.store(delta+b*d_in+d, r, inside)
         for p in range(lo, hi, ENTRIES):
             some = p+k < hi
             j = tl.load(index+p+k, some, 0)
-            w = tl.load(W_dec+j[:, None]*d_in+d[None, :], some[:, None] & inside[None, :], 0.)
+            on = some[:, None] & inside[None, :]
+            w = tl.load(W_dec+j[:, None]*d_in+d[None, :], on, 0.)
             tl.store(g+p+k, tl.sum(w*r[None, :], 1)+push, some)
 
     @triton.jit
-    def weights(x, delta, b_dec, row, value, g, first, entry, W_enc_T, b_enc, W_dec, d_in, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
+    def weights(x, delta, b_dec, row, value, g, first, entry, W_enc_T, b_enc, W_dec,
+                d_in, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
         j = tl.program_id(0).to(tl.int64)
         k, d = tl.arange(0, ENTRIES), tl.program_id(1)*BLOCK+tl.arange(0, BLOCK)
-        inside, lo, hi = d < d_in, tl.load(first+j), tl.load(first+j+1)
-        dec, enc, push = tl.zeros((ENTRIES, BLOCK), tl.float32), tl.zeros((ENTRIES, BLOCK), tl.float32), tl.zeros((ENTRIES,), tl.float32)
+        lo, hi = tl.load(first+j), tl.load(first+j+1)
+        inside = d < d_in
+        dec = tl.zeros((ENTRIES, BLOCK), tl.float32)
+        enc = tl.zeros((ENTRIES, BLOCK), tl.float32)
+        push = tl.zeros((ENTRIES,), tl.float32)
         for p in range(lo, hi, ENTRIES):
             some = p+k < hi
             e = tl.load(entry+p+k, some, 0)
-            b, v, gk = tl.load(row+e, some, 0), tl.load(value+e, some, 0.), tl.load(g+e, some, 0.)
+            b, v = tl.load(row+e, some, 0), tl.load(value+e, some, 0.)
+            gk = tl.load(g+e, some, 0.)
             at, on = b[:, None]*d_in+d[None, :], some[:, None] & inside[None, :]
             dec += v[:, None]*tl.load(delta+at, on, 0.)
             enc += gk[:, None]*tl.load(x+at, on, 0.)
             push += gk
         total = tl.sum(push, 0)
+        bias = tl.load(b_dec+d, inside, 0.)
         tl.store(W_dec+j*d_in+d, tl.sum(dec, 0), inside)
-        tl.store(W_enc_T+j*d_in+d, tl.sum(enc, 0)-total*tl.load(b_dec+d, inside, 0.), inside)
+        tl.store(W_enc_T+j*d_in+d, tl.sum(enc, 0)-total*bias, inside)
         tl.store(b_enc+j, total, tl.program_id(1) == 0)
 
     return decode, weights, bool(triton.knobs.runtime.interpret)
+
+def _triton() -> tuple:
+    "Triton and its language."
+    try: import triton, triton.language as tl
+    except ImportError as e:
+        raise ImportError('got a Python without the package triton; expected it for '
+                          'sparse gradients on a GPU; run `pip install triton` (Linux; '
+                          'it comes with the CUDA builds of torch), or use '
+                          'dense_gradients.') from e
+    return triton, tl
 
 # %% ../nbs/06b_gpu_kernels.ipynb #c1bd6ebc
 def _block(
@@ -99,7 +125,8 @@ def _block(
     "Sides of a block of about 4,096 numbers, and the warps for it."
     side = 1 << (d-1).bit_length()
     entries = min(32, max(1, 4096//side))
-    return dict(ENTRIES=entries, BLOCK=side, num_warps=min(16, max(1, entries*side//1024)))
+    warps = min(16, max(1, entries*side//1024))
+    return dict(ENTRIES=entries, BLOCK=side, num_warps=warps)
 
 # %% ../nbs/06b_gpu_kernels.ipynb #1c9a4754
 @torch.no_grad()
@@ -107,23 +134,37 @@ def sparse_gradients_gpu(
     sae:SAE, # The dictionary, float32 on a CUDA device
     x:Float[Tensor, 'batch d_in'], # Activations
     l1:float, # Coefficient lambda >= 0
-    tile:int|None=None, # Vectors whose pre-activations are kept at a time; as many as fill 512 MB
+    tile:int|None=None, # Vectors whose pre-activations are kept at a time; None: 512 MB
 ) -> Gradients: # The same as `dense_gradients`, up to the order of sums
-    "One matrix product, and sums over what fired, by Triton kernels; exact, and the same in every run."
-    _same_place(sae, x)
-    check(x.dtype == torch.float32, f'{x.dtype}', 'float32', 'convert with .float(), or use dense_gradients')
-    decode, weights, interpreted = _kernels()
-    check(x.is_cuda or interpreted, f'{x.dtype} on {x.device}', 'a CUDA device', "move both with .to('cuda'), use sparse_gradients, or set TRITON_INTERPRET=1 before triton is imported to try the kernels slowly")
-    (batch, d_in), n_feats, x = x.shape, sae.cfg.n_feats, x.contiguous()
+    "One matrix product, then Triton sums what fired; exact, the same in every run."
+    decode, weights = _ready(sae, x)
+    x, (batch, d_in), n_feats = x.contiguous(), x.shape, sae.cfg.n_feats
     W, b = sae.W_dec.detach().contiguous(), sae.b_dec.detach().contiguous()
     row, index, value = _positive_entries(sae, x, tile or max(1, 2**27//n_feats))
-    start, first, entry = _offsets(row, batch), _offsets(index, n_feats), index.int().sort(stable=True).indices
+    start, first = _offsets(row, batch), _offsets(index, n_feats)
+    entry = index.int().sort(stable=True).indices
     delta, g, mse = torch.empty_like(x), torch.empty_like(value), x.new_empty(batch)
-    W_enc_T, W_dec, b_enc = torch.empty_like(W), torch.empty_like(W), x.new_empty(n_feats)
+    W_enc_T, W_dec = torch.empty_like(W), torch.empty_like(W)
+    b_enc = x.new_empty(n_feats)
     per_vector, per_feature = _block(d_in), _block(min(d_in, 128))
+    stretches = -(-d_in//per_feature['BLOCK'])
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        decode[(batch,)](x, W, b, start, index, value, delta, g, mse, 2/batch, l1/batch, d_in, **per_vector)
-        weights[(n_feats, -(-d_in//per_feature['BLOCK']))](x, delta, b, row, value, g, first, entry, W_enc_T, b_enc, W_dec, d_in, **per_feature)
-    mean_mse, norm1 = mse.mean(), value.sum()/batch
-    loss = SAELoss(mean_mse+l1*norm1, mean_mse, norm1, x.new_tensor(len(value)/batch))
-    return Gradients(loss, first.diff(), W_enc_T.T, b_enc, W_dec, delta.sum(0)-sae.W_enc@b_enc)
+        decode[(batch,)](x, W, b, start, index, value, delta, g, mse,
+                         2/batch, l1/batch, d_in, **per_vector)
+        weights[(n_feats, stretches)](x, delta, b, row, value, g, first, entry,
+                                      W_enc_T, b_enc, W_dec, d_in, **per_feature)
+    mean_mse, norm1, l0 = mse.mean(), value.sum()/batch, x.new_tensor(len(value)/batch)
+    loss = SAELoss(mean_mse+l1*norm1, mean_mse, norm1, l0)
+    b_dec = delta.sum(0)-sae.W_enc@b_enc
+    return Gradients(loss, first.diff(), W_enc_T.T, b_enc, W_dec, b_dec)
+
+def _ready(sae:SAE, x:Tensor) -> tuple:
+    "The kernels, if they can run on these vectors."
+    _same_place(sae, x)
+    check(x.dtype == torch.float32, f'{x.dtype}', 'float32',
+          'convert with .float(), or use dense_gradients')
+    decode, weights, interpreted = _kernels()
+    check(x.is_cuda or interpreted, f'{x.dtype} on {x.device}', 'a CUDA device',
+          "move both with .to('cuda'), use sparse_gradients, or set TRITON_INTERPRET=1 "
+          'before triton is imported to try the kernels slowly')
+    return decode, weights

@@ -25,41 +25,53 @@ from .core import (Config, check, load_artefact, make_generator, pick_device,
 # %% ../nbs/06_sae.ipynb #a6a9724e
 @dataclass(frozen=True)
 class SAEConfig(Config):
-    "Shape of a sparse autoencoder and its sparsity coefficient (Bricken et al. 2023, *Sparse Autoencoder Setup*)."
+    "Shape and sparsity coefficient (Bricken et al. 2023, *Sparse Autoencoder Setup*)."
     d_in: int = 512     # Width of the activations
     n_feats: int = 4096 # Dictionary elements
-    l1: float = 2.5     # Weight of the L1 term, see `sae_loss` for its unit; this suits A's neurons
+    l1: float = 2.5     # Weight of the L1 term, see `sae_loss`; this suits A's neurons
     seed: int = 0       # Of the initial weights
-    start: str = 'transposed' # Of the encoder: a tenth of the decoder's transpose, or 'random' as in the paper
+    start: str = 'transposed' # Encoder: .1 of the decoder's transpose; paper: 'random'
 
     def __post_init__(self):
-        check(self.d_in > 0 and self.n_feats > 0, f'd_in={self.d_in}, n_feats={self.n_feats}', 'positive integers', 'choose at least 1 feature')
-        check(self.l1 >= 0, f'l1={self.l1}', 'a coefficient >= 0', 'use 0 for no sparsity')
-        check(self.start in ('random', 'transposed'), f'start={self.start!r}', "'random' or 'transposed'", 'choose one')
+        check(self.d_in > 0 and self.n_feats > 0,
+              f'd_in={self.d_in}, n_feats={self.n_feats}',
+              'positive integers', 'choose at least 1 feature')
+        check(self.l1 >= 0, f'l1={self.l1}', 'a coefficient >= 0',
+              'use 0 for no sparsity')
+        check(self.start in ('random', 'transposed'), f'start={self.start!r}',
+              "'random' or 'transposed'", 'choose one')
 
 # %% ../nbs/06_sae.ipynb #66897361
 class SAE(nn.Module):
-    "A sparse autoencoder with a pre-encoder bias, an untied encoder and unit-norm decoder rows."
+    "A sparse autoencoder: pre-encoder bias, untied encoder, decoder rows of norm 1."
     def __init__(self,
         cfg:SAEConfig, # Shape and seed
     ):
         super().__init__()
-        self.cfg, gen = cfg, make_generator(cfg.seed)
-        bound = cfg.d_in**-.5  # PyTorch's default for a linear layer, as in the paper
-        self.W_enc = nn.Parameter(torch.empty(cfg.d_in, cfg.n_feats).uniform_(-bound, bound, generator=gen).T.contiguous().T)  # a feature's weights lie together
-        self.b_enc = nn.Parameter(torch.zeros(cfg.n_feats))
-        self.W_dec = nn.Parameter(F.normalize(torch.randn(cfg.n_feats, cfg.d_in, generator=gen), dim=-1))
-        self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
-        if cfg.start == 'transposed': self.W_enc.data.copy_(.1*self.W_dec.data.T)
+        self.cfg = cfg
         self.origin = {}  # model, hook and tokenizer it was trained on, where known
+        gen = make_generator(cfg.seed)
+        bound = cfg.d_in**-.5  # PyTorch's default for a linear layer, as in the paper
+        W_enc = torch.empty(cfg.d_in, cfg.n_feats)
+        W_enc.uniform_(-bound, bound, generator=gen)
+        W_dec = torch.randn(cfg.n_feats, cfg.d_in, generator=gen)
+        W_dec = F.normalize(W_dec, dim=-1)
+        if cfg.start == 'transposed': W_enc = .1*W_dec.T
+        W_enc = W_enc.T.contiguous().T  # a feature's weights lie together in memory
+        self.W_enc = nn.Parameter(W_enc)
+        self.b_enc = nn.Parameter(torch.zeros(cfg.n_feats))
+        self.W_dec = nn.Parameter(W_dec)
+        self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
 
     def encode(self,
         x:Float[Tensor, '... d_in'], # Activations
     ) -> Float[Tensor, '... n_feats']: # Feature activations, >= 0
         "Feature activations."
-        if x.shape[-1] != self.cfg.d_in:
-            raise ValueError(f'got activations of width {x.shape[-1]}; expected {self.cfg.d_in}; harvest the hook point the dictionary was trained on.')
-        pre = torch.addmm(self.b_enc - self.b_dec@self.W_enc, x.reshape(-1, self.cfg.d_in), self.W_enc)
+        d_in = self.cfg.d_in
+        check(x.shape[-1] == d_in, f'activations of width {x.shape[-1]}', f'{d_in}',
+              'harvest the hook point the dictionary was trained on')
+        bias = self.b_enc - self.b_dec@self.W_enc # see below
+        pre = torch.addmm(bias, x.reshape(-1, d_in), self.W_enc)
         return F.relu(pre).view(*x.shape[:-1], self.cfg.n_feats)
 
     def decode(self,
@@ -74,7 +86,9 @@ class SAE(nn.Module):
         "Encode, then decode."
         return self.decode(self.encode(x))
 
-    def __repr__(self): return f'SAE({self.cfg.d_in} -> {self.cfg.n_feats} features, l1={self.cfg.l1:g})'
+    def __repr__(self):
+        cfg = self.cfg
+        return f'SAE({cfg.d_in} -> {cfg.n_feats} features, l1={cfg.l1:g})'
 
 # %% ../nbs/06_sae.ipynb #9efa82ef
 class SAELoss(NamedTuple):
@@ -84,23 +98,24 @@ class SAELoss(NamedTuple):
     l1: Tensor    # Feature activations summed over n_feats
     l0: Tensor    # Number of active features
 
-# %% ../nbs/06_sae.ipynb #b689a12f
 def sae_loss(
     x:Float[Tensor, 'batch d_in'], # Activations
     x_hat:Float[Tensor, 'batch d_in'], # Reconstruction
     f:Float[Tensor, 'batch n_feats'], # Feature activations
     l1:float, # Coefficient lambda >= 0
 ) -> SAELoss: # Scalars
-    "Squared error (sum over d_in) plus `l1` times the features' sum, averaged over the batch."
-    mse, norm1 = (x-x_hat).square().sum(-1).mean(), f.sum(-1).mean()
-    return SAELoss(mse+l1*norm1, mse, norm1, (f.detach() > 0).sum(-1).float().mean())
+    "Squared error (sum over d_in) plus `l1` times the features' sum; batch means."
+    mse = (x-x_hat).square().sum(-1).mean()
+    norm1 = f.sum(-1).mean()
+    l0 = (f.detach() > 0).sum(-1).float().mean()
+    return SAELoss(mse+l1*norm1, mse, norm1, l0)
 
 # %% ../nbs/06_sae.ipynb #492c0527
 def l1_from_mean_mse(
     l1:float, # Coefficient beside an error averaged over d_in
     d_in:int, # Width of the activations
 ) -> float: # The same trade-off beside an error summed over d_in
-    "Convert a coefficient to this library's unit (both L1 terms summed over features, averaged over the batch)."
+    "Convert a coefficient to this library's unit; L1 is summed over features in both."
     return l1*d_in
 
 # %% ../nbs/06_sae.ipynb #3fbb1bdc
@@ -108,9 +123,10 @@ def l1_from_mean_mse(
 def remove_parallel_gradient(
     sae:SAE, # With a gradient on W_dec; changed in place
 ) -> None:
-    "Project out of W_dec's gradient its component along each unit-norm row (Bricken et al. 2023, *Optimization*)."
-    g = sae.W_dec.grad
-    g.sub_((g*sae.W_dec).sum(-1, keepdim=True)*sae.W_dec)
+    "Project W_dec's gradient off each row (Bricken et al. 2023, *Optimization*)."
+    g, rows = sae.W_dec.grad, sae.W_dec
+    along = (g*rows).sum(-1, keepdim=True)
+    g.sub_(along*rows)
 
 # %% ../nbs/06_sae.ipynb #b66b4413
 @torch.no_grad()
@@ -127,15 +143,17 @@ def geometric_median(
     tol:float=1e-5, # Stop when the step is this small relative to the spread
     max_steps:int=200, # Give up after this many
 ) -> Float[Tensor, 'd_in']: # The point minimising the sum of distances
-    "The geometric median by Weiszfeld's iteration (Vardi & Zhang 2000 where it meets a point)."
+    "Geometric median by Weiszfeld's iteration (Vardi & Zhang 2000 where on a point)."
     check(len(x) > 0, 'no point', 'at least one', 'pass activations')
-    m, spread = x.mean(0), x.std().item() if x.numel() > 1 else 1.
+    m = x.mean(0)
+    spread = x.std().item() if x.numel() > 1 else 1.
     for _ in range(max_steps):
         away = x-m
         distance = away.norm(dim=-1)
         far = distance > tol*spread
         w = torch.where(far, 1/distance, 0.)
-        held, pull = (~far).sum(), (w[:, None]*away).sum(0).norm()
+        held = (~far).sum()
+        pull = (w[:, None]*away).sum(0).norm()
         if held >= pull: return m
         new = (w[:, None]*x).sum(0)/w.sum()
         new += held/pull*(m-new)
@@ -143,23 +161,21 @@ def geometric_median(
         m = new
     return m
 
-
 # %% ../nbs/06_sae.ipynb #f01dde01
 @torch.no_grad()
 def fold_decoder_norms(
     sae:SAE, # Finite weights, decoder rows of any length; changed in place
 ) -> None:
-    "Move the decoder rows' norms into the encoder: rows of norm 1, the same reconstruction."
+    "Move the rows' norms into the encoder: rows of norm 1, the same reconstruction."
     norms = sae.W_dec.norm(dim=-1)
     for name, p in [*sae.named_parameters(), ("W_dec's norms", norms)]:
-        check(bool(p.isfinite().all()), f'{name} with NaN or infinity', 'finite weights',
-              'look at where the dictionary comes from')
-    nothing = norms == 0  # such a feature writes nothing: it is switched off, its row any unit vector
+        check(bool(p.isfinite().all()), f'{name} with NaN or infinity',
+              'finite weights', 'look at where the dictionary comes from')
+    nothing = norms == 0  # writes nothing: it is switched off, its row any unit vector
     sae.W_dec[nothing, 0] = 1.
     sae.W_dec.div_(torch.where(nothing, 1., norms)[:, None])
     sae.W_enc.mul_(norms)
     sae.b_enc.mul_(norms)
-
 
 # %% ../nbs/06_sae.ipynb #8018cf01
 def save_sae(
@@ -170,7 +186,8 @@ def save_sae(
 ) -> Path: # The folder
     "Save a dictionary as an artefact."
     run = sae.origin | (run or run_record())
-    return save_artefact(folder, dict(sae.named_parameters()), sae.cfg.to_dict(), run, half)
+    weights, cfg = dict(sae.named_parameters()), sae.cfg.to_dict()
+    return save_artefact(folder, weights, cfg, run, half)
 
 
 # %% ../nbs/06_sae.ipynb #838a909e
@@ -181,15 +198,17 @@ def load_sae(
     "Load a dictionary: a shipped one by name or any artefact folder."
     shipped = Path(str(files('monosem')/'assets'/str(name).replace('/', '-')))
     folder = shipped if shipped.is_dir() else Path(name)
-    check(folder.is_dir(), f'the dictionary {str(name)!r}', "'A/1' or an artefact folder",
+    check(folder.is_dir(), f'the dictionary {str(name)!r}',
+          "'A/1' or an artefact folder",
           'check the spelling, or run `make run`', FileNotFoundError)
     art = load_artefact(folder)
     sae = SAE(SAEConfig.from_dict(art.config))
-    if bad := [k for k,p in sae.named_parameters()
-               if k not in art.tensors or art.tensors[k].shape != p.shape]:
-        raise ValueError(f'{folder} lacks or misshapes {bad}; expected the tensors of {sae}; save it again.')
+    found = {k: t.shape for k,t in art.tensors.items()}
+    bad = [k for k,p in sae.named_parameters() if found.get(k) != p.shape]
+    if bad:
+        raise ValueError(f'{folder} lacks or misshapes {bad}; expected the tensors of '
+                         f'{sae}; save it again.')
     sae.load_state_dict({k: art.tensors[k] for k,_ in sae.named_parameters()})
     fold_decoder_norms(sae)
     sae.origin = {k: art.run[k] for k in ('model', 'hook', 'tokenizer') if k in art.run}
     return sae.to(pick_device(device))
-

@@ -28,23 +28,30 @@ class Evaluation:
     l0: Estimate                # Active features per token
     fvu: Estimate               # Fraction of variance unexplained
     ce_clean: float             # Nats per token
-    ce_spliced: float           # Nats per token, neurons replaced by their reconstruction
-    ce_zero: float              # Nats per token, neurons replaced by 0
-    ce_mean: float              # Nats per token, neurons replaced by their mean
+    ce_spliced: float           # Nats per token, x replaced by its reconstruction
+    ce_zero: float              # Nats per token, x replaced by 0
+    ce_mean: float              # Nats per token, x replaced by its mean
     recovered: Estimate         # Loss recovered against zero-ablation
     recovered_mean: Estimate    # Loss recovered against mean-ablation
     n_dead: int                 # Features that never fired
-    n_ultralow: int|None        # Features with density in (0, 1e-6); None below a million tokens, where none could be seen
+    n_ultralow: int|None        # Density in (0, 1e-6); None below a million tokens
     density: np.ndarray         # (n_feats,) share of tokens on which each fires
 
     def table(self) -> pd.DataFrame:
         "One row per number."
-        rows = [('L0', str(self.l0), 'features per token'), ('FVU', str(self.fvu), ''), ('CE clean', f'{self.ce_clean:.3f}', 'nats/token'),
-                ('CE spliced', f'{self.ce_spliced:.3f}', 'nats/token'), ('CE zero-ablated', f'{self.ce_zero:.3f}', 'nats/token'),
-                ('CE mean-ablated', f'{self.ce_mean:.3f}', 'nats/token'), ('loss recovered (zero)', str(self.recovered), ''),
-                ('loss recovered (mean)', str(self.recovered_mean), ''), ('dead', self.n_dead, f'of {len(self.density)} features'),
-                ('ultralow', 'not visible' if self.n_ultralow is None else self.n_ultralow, f'of {len(self.density)} features')]
-        return pd.DataFrame(rows, columns=['number', 'value', 'unit']).set_index('number')
+        of, rare = f'of {len(self.density)} features', self.n_ultralow
+        rows = [('L0', str(self.l0), 'features per token'),
+                ('FVU', str(self.fvu), ''),
+                ('CE clean', f'{self.ce_clean:.3f}', 'nats/token'),
+                ('CE spliced', f'{self.ce_spliced:.3f}', 'nats/token'),
+                ('CE zero-ablated', f'{self.ce_zero:.3f}', 'nats/token'),
+                ('CE mean-ablated', f'{self.ce_mean:.3f}', 'nats/token'),
+                ('loss recovered (zero)', str(self.recovered), ''),
+                ('loss recovered (mean)', str(self.recovered_mean), ''),
+                ('dead', self.n_dead, of),
+                ('ultralow', 'not visible' if rare is None else rare, of)]
+        columns = ['number', 'value', 'unit']
+        return pd.DataFrame(rows, columns=columns).set_index('number')
 
     def to_dict(self) -> dict:
         "JSON-ready, without the per-feature densities."
@@ -59,7 +66,7 @@ def evaluate(
     batch:int=16, # Windows at a time
     skip_tokens:Any=(), # Ids of tokens to leave out
 ) -> Evaluation: # Numbers with 95 % intervals over windows
-    "Measure sparsity, fidelity and effect on the model's loss on every token of `windows`."
+    "Sparsity, fidelity and effect on the model's loss on every token of `windows`."
     at, skip_tokens = fitting(model, sae, windows), token_ids(skip_tokens)
     mean, rows = mean_acts(at, windows, skip_tokens, batch), []
     fires = torch.zeros(sae.cfg.n_feats, dtype=torch.long, device=at.device)
@@ -72,7 +79,7 @@ def evaluate(
     return _evaluation(pd.concat(rows), fires.cpu().numpy())
 
 def _measure(at:HookedModel, sae:SAE, tokens, mean, keep) -> tuple[dict, torch.Tensor]:
-    "Sums over the positions that count, a value per window; how often each feature fired."
+    "Sums per window over the positions that count; how often each feature fired."
     x = at(tokens)
     f = sae.encode(x)
     on, some = (f > 0) & keep[..., None], keep[..., None]
@@ -81,18 +88,21 @@ def _measure(at:HookedModel, sae:SAE, tokens, mean, keep) -> tuple[dict, torch.T
     ce = {k: (at.losses(tokens, only_at(e, keep))*keep[:, :-1]).sum(1)
           for k,e in edits.items()}
     def total(v): return (v.square()*some).sum((1, 2))
-    return dict(n=keep.sum(1), on=on.sum((1, 2)), err=total(x-sae.decode(f)),
-                var=total(x-mean), size=total(x), n_pred=keep[:, :-1].sum(1), **ce), on.sum((0, 1))
+    sums = dict(n=keep.sum(1), on=on.sum((1, 2)), err=total(x-sae.decode(f)),
+                var=total(x-mean), size=total(x), n_pred=keep[:, :-1].sum(1), **ce)
+    return sums, on.sum((0, 1))
 
 def _evaluation(s:pd.DataFrame, fires:np.ndarray) -> Evaluation:
     "The numbers, from sums per window."
     n, density = int(s.n.sum()), fires/s.n.sum()
-    ce = {f'ce_{k}': float(s[k].sum()/s.n_pred.sum()) for k in ('clean', 'spliced', 'zero', 'mean')}
+    def ce(k): return float(s[k].sum()/s.n_pred.sum())
     varies = s['var'].sum() > 1e-10*s['size'].sum()
     fvu = bootstrap(s, lambda t: t.err/t.var if varies else np.full_like(t.err, np.nan))
     rare = int(((density > 0) & (density < 1e-6)).sum())
     return Evaluation(
-        n_tokens=n, l0=bootstrap(s, lambda t: t.on/t.n), fvu=fvu, **ce,
+        n_tokens=n, l0=bootstrap(s, lambda t: t.on/t.n), fvu=fvu, ce_clean=ce('clean'),
+        ce_spliced=ce('spliced'), ce_zero=ce('zero'), ce_mean=ce('mean'),
         recovered=bootstrap(s, lambda t: (t.zero-t.spliced)/(t.zero-t.clean)),
         recovered_mean=bootstrap(s, lambda t: (t.mean-t.spliced)/(t.mean-t.clean)),
-        n_dead=int((density == 0).sum()), n_ultralow=rare if n > 1e6 else None, density=density)
+        n_dead=int((density == 0).sum()), n_ultralow=rare if n > 1e6 else None,
+        density=density)

@@ -6,10 +6,12 @@ import torch
 
 from monosem.core import Estimate
 from monosem.evaluation import _evaluation
-from monosem.features import FeatureStats, logit_weights, restrict, top_tokens
-from monosem.proxies import CONTEXTS, FLOOR, alphabet_proxy, proxy, script_share, unigram
+from monosem.features import FeatureStats, colored_text, logit_weights, restrict, top_tokens
+from monosem.proxies import (CONTEXTS, FLOOR, alphabet_proxy, in_kinds, n_carrying,
+                             neuron_correlations, proxy, rivalry, script_share, unigram)
 from monosem.sae import SAE, SAEConfig
-from monosem.steering import PROMPT, pin, share_in
+from monosem.steering import (PATTERNS, PROMPT, dose_response, pin, push, share_in,
+                              share_matching, shuffled_rows, write)
 
 
 def _sums(**other):
@@ -82,6 +84,82 @@ def test_steering_writes_once_without_and_once_with_the_pin(tok):
     s = steer(model, sae, tok, 2, 500., n_tokens=8, temperature=.9, seed=3)
     assert s.before == sample(model, tok, PROMPT, 8, .9, 3) != s.after == sample(model, tok, PROMPT, 8, .9, 3, pin(sae, 2, 500.))
     assert (s.feature, s.value) == (2, 500.) and steer(model, sae, tok, 2, 500., 'abc', 8, .9, 3).before == sample(model, tok, 'abc', 8, .9, 3)
+
+
+def _small():
+    from monosem.transformer import TransformerConfig, build_transformer
+    cfg = TransformerConfig(d_model=16, d_mlp=24, n_heads=2, n_ctx=32)
+    return build_transformer(cfg, 'cpu'), SAE(SAEConfig(24, 8))
+
+
+def test_a_push_is_a_pin_along_another_direction_for_each_text():
+    sae, x = _two(), torch.tensor([[[1.25, 2.]], [[-.75, 0.]]])
+    along = torch.tensor([[0., 1.], [1., 1.]])
+    assert torch.equal(push(sae, 0, 3., along)(x), torch.tensor([[[1.25, 4.]], [[2.25, 3.]]]))  # f is 1 and 0
+    with pytest.raises(ValueError, match='value='): push(sae, 0, -1., along)
+    with pytest.raises(ValueError, match='feature 3'): push(sae, 3, 1., along)
+
+
+def test_shuffled_rows_hold_the_numbers_of_the_row():
+    sae = SAE(SAEConfig(24, 8))
+    rows = shuffled_rows(sae, 3, 5, seed=1)
+    assert rows.shape == (5, 24) and not rows.requires_grad
+    assert all(torch.equal(r.sort().values, sae.W_dec[3].detach().sort().values) for r in rows)
+    assert len({tuple(r.tolist()) for r in rows}) == 5 and torch.equal(rows, shuffled_rows(sae, 3, 5, seed=1))
+    assert not torch.equal(rows, shuffled_rows(sae, 3, 5, seed=2))
+
+
+def test_many_texts_are_those_that_one_would_write_scored_without_the_edit(tok):
+    from monosem.hooked import at_hook, sample, text_ids
+    model, sae = _small()
+    edit = pin(sae, 2, 500.)
+    w = write(model, tok, edit, n=3, n_tokens=6, seed=4, prompt='abc')
+    assert w.ids.shape == w.nats.shape == (3, 6)
+    assert tok.decode(write(model, tok, edit, 1, 6, 4, 'abc').ids[0]) == sample(model, tok, 'abc', 6, seed=4, edit=edit)
+    whole = torch.tensor([[*text_ids(tok, 'abc'), *w.ids[1]]])
+    assert np.allclose(at_hook(model).losses(whole)[0, -6:], w.nats[1], atol=1e-4)
+    assert not np.allclose(at_hook(model).losses(whole, edit)[0, -6:], w.nats[1], atol=.1)
+    room = 32-len(text_ids(tok, 'abc'))
+    assert write(model, tok, n=1, n_tokens=room, prompt='abc').ids.shape == (1, room)
+    for n, n_tokens in ((0, 3), (1, 0), (1, room+1)):
+        with pytest.raises(ValueError, match=f'{n} texts of {n_tokens} tokens'):
+            write(model, tok, n=n, n_tokens=n_tokens, prompt='abc')
+
+
+def test_doses_are_multiples_of_the_maximum(tok):
+    model, sae = _small()
+    d = dose_response(model, sae, tok, 2, 250., '.', (0, 2), n=3, n_tokens=6, seed=4, prompt='abc')
+    two = write(model, tok, pin(sae, 2, 500.), 3, 6, 4, 'abc')
+    assert list(d) == [0, 2] and d[2].text == tok.decode(two.ids[0]) and d[2].share.value == 1
+    assert d[2].nats.value == pytest.approx(two.nats.mean()) and d[2].nats.n == 3
+    rows = shuffled_rows(sae, 2, 3)
+    other = dose_response(model, sae, tok, 2, 250., '.', (2,), rows, n=3, n_tokens=6, seed=4, prompt='abc')
+    assert other[2].text == tok.decode(write(model, tok, push(sae, 2, 500., rows), 3, 6, 4, 'abc').ids[0])
+    with pytest.raises(ValueError, match='doses='): dose_response(model, sae, tok, 2, 1., '.', (1, -1))
+
+
+def test_shares_of_a_pattern_count_what_it_matches():
+    assert share_matching('acgt acx', PATTERNS['dna']).tolist() == [6, 7]  # spaces are left out first
+    assert share_matching('ACGTac', PATTERNS['dna']).tolist() == [0, 6]    # one case at a time
+    assert share_matching('', '.').tolist() == [0, 0]
+    assert share_matching('0123456789abcdef', PATTERNS['base64']).tolist() == [16, 16]
+    assert share_matching('0123456789abcde', PATTERNS['base64']).tolist() == [0, 15]
+    for name, letter in (('arabic', 'ب'), ('hebrew', 'ש'), ('cyrillic', 'Ж')):
+        assert share_matching(f'a{letter}', PATTERNS[name]).tolist() == [1, 2]
+    assert set(PATTERNS) == {c.name for c in CONTEXTS}
+
+
+def test_colored_text_escapes_scales_and_keeps_each_script_in_its_direction():
+    view = colored_text(['<b>', 'سلام', '␣\\xd9', 'x'], [1., 2., 4., 0.], 'A & B')
+    page = view._repr_html_()
+    assert 'A &amp; B, darkest at 4' in page and '<p dir="auto"' in page and '<b>' not in page
+    assert '<span title="1.00" style="background:rgba(213,94,0,0.19)">&lt;b&gt;</span>' in page
+    assert '<bdi title="4.00" style="background:rgba(213,94,0,0.75)">␣\\xd9</bdi>' in page
+    assert 'rgba(213,94,0,0.00)">x' in page and page.index('سلام') < page.index('xd9')
+    assert 'rgba(213,94,0,0.75)">a' in colored_text(['a'], [5.], top=2.)._repr_html_()
+    assert colored_text(['a'], [0.]).top == 1. and colored_text([], []).tokens == []
+    for acts in ([1.], [1., -1.], [1., float('nan')], [[1., 2.]]):
+        with pytest.raises(ValueError, match='got'): colored_text(['a', 'b'], acts)
 
 
 def test_a_restricted_dictionary_has_the_features_asked_for_in_their_order():
@@ -165,3 +243,42 @@ def test_the_share_of_a_partial_token_is_that_of_its_occurrences(tok):
     assert share[0] == share[1] == share[2] == share[4] == 1. and share[3] == 0. and share[5] == 0.
     mixed = script_share(windows_from_ids([[0, 2, 3, 0], [0, 3, 3, 3]]), names, 'arabic')
     assert mixed[0] == pytest.approx(1/3)  # alone, before `a` and at the end, it is no letter
+
+
+def test_a_neuron_is_correlated_with_a_feature_on_the_masked_tokens():
+    from monosem.features import feature_pass
+    from monosem.tokens import windows_from_ids
+    model, sae = _small()
+    rng = np.random.default_rng(0)
+    w, mask = windows_from_ids(rng.integers(0, 8192, (6, 32)).tolist()), rng.random((6, 32)) < .5
+    s = next(feature_pass(model, sae, w))
+    got = neuron_correlations(model, sae, w, [5, 1], mask)
+    f, x = s.features.numpy()[mask], s.acts.numpy()[mask]
+    assert got.shape == (2, 24)
+    assert np.allclose(got[1], np.corrcoef(f[:, 1], x.T)[0, 1:], atol=1e-5, equal_nan=True)
+
+
+def test_what_remains_of_a_feature_when_a_neuron_is_known():
+    rng = np.random.default_rng(0)
+    neuron = rng.random(500)
+    table = pd.DataFrame(dict(act=neuron+.1*rng.random(500), neuron=neuron, inside=neuron > .7,
+                              of_kind=True, doc=np.arange(500)//10))
+    v = rivalry(table)
+    assert v.r.value == pytest.approx(np.corrcoef(table.act, table.inside)[0, 1])
+    assert v.r_neuron.value == pytest.approx(np.corrcoef(neuron, table.inside)[0, 1])
+    assert v.r_between.value == pytest.approx(np.corrcoef(neuron, table.act)[0, 1])
+    assert abs(v.rest.value) < .15 and v.rest.n == 50  # the feature is the neuron and noise
+    swapped = rivalry(table.assign(act=rng.random(500)+table.inside))
+    assert swapped.rest.value > .5
+
+
+def test_half_of_a_direction_is_carried_by_few_or_many():
+    assert n_carrying(torch.tensor([0., -3., 0.])) == 1 and n_carrying(torch.ones(10)) == 5
+    assert n_carrying(torch.tensor([2., 1., 1., 1., 1.]), .5) == 1 and n_carrying(torch.tensor([2., 1., 1., 1., 1.]), .6) == 2
+
+
+def test_kinds_that_a_text_lacks_are_ignored(mini, tok):
+    from monosem.tokens import Mixture, token_windows
+    w = token_windows(mini, tok, Mixture(budget=60_000), validation=True, spread=True, n_ctx=64)
+    assert np.array_equal(in_kinds(w, ('dna', 'klingon')), w.kind == w.kinds.index('dna'))
+    assert not in_kinds(w, ('klingon',)).any()

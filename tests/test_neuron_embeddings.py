@@ -10,8 +10,9 @@ from hypothesis.extra import numpy as hnp
 from scipy.sparse.csgraph import connected_components
 
 from monosem.checkpoints import Checkpoints
-from monosem.neuron_embeddings import (ClusterConfig, Monosemanticity, MonosemanticGradients, Units, agreement, cluster, cluster_stats, cosine_distances, effective_number,
+from monosem.neuron_embeddings import (ClusterConfig, Units, agreement, cluster, cluster_stats, cosine_distances, effective_number,
                                        flat_map, polysemy, strong_examples, token_importance)
+from monosem.one_meaning import Monosemanticity, MonosemanticGradients
 from monosem.sae import SAE, SAEConfig
 from monosem.planted import planted
 from monosem.training import SAETrainConfig, TrainState, pack_state, train_sae, unpack_state

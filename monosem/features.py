@@ -43,7 +43,7 @@ class ColoredText(NamedTuple):
                 f'<p dir="auto" style="{style}">{text}</p>')
 
 def _shaded(token:str, share:float, act:float) -> str:
-    "A token on a background; a part of a character does not turn the text's direction."
+    "A token on a background; part of a character does not turn the direction."
     tag = 'bdi' if '\\x' in token else 'span'
     color = f'rgba(213,94,0,{.75*min(share, 1):.2f})'
     return (f'<{tag} title="{act:.2f}" style="background:{color}">'

@@ -13,7 +13,7 @@ __all__ = ['code_of', 'imports_only', 'fold_imports', 'written_signature', 'Docu
 import ast, json, os, re, shutil, subprocess, sys, tempfile, textwrap
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Iterator, NamedTuple, Sequence
 from urllib.parse import unquote, urlsplit
 
 from .core import check, replacing
@@ -115,10 +115,12 @@ class Documented(NamedTuple):
     name: str # Of the symbol
     text: str # Markdown made from the docstring
 
-    def markdown(self, *more:'Documented') -> str: # Others that share its source
-        "A heading with an anchor for each name."
-        names = [d.name for d in (self, *more)]
-        anchors = ''.join(f'[]{{#{n.lower()}}}' for n in names[1:])
+    def markdown(self,
+        others:Sequence[str]=(), # Names that share its source, methods among them
+    ) -> str: # Markdown
+        "A heading of the names, with an anchor for each of them and for each method."
+        anchors = ''.join(f'[]{{#{n.lower()}}}' for n in others)
+        names = [self.name, *(n for n in others if '.' not in n)]
         return (f'{self.link}{{.api-source}}{anchors}\n\n'
                 f'### {" · ".join(names)} {{#{self.name.lower()} .api}}')
 
@@ -147,9 +149,7 @@ def show_sources(
     for c in cells:
         doc = read_doc(c)
         if _is_exported(c):
-            named = [docs[n] for n in _defined(c) if n in docs]
-            if named: out.append(_markdown(named[0].markdown(*named[1:])))
-            out.append(dict(c, source=code_of(c)))
+            out += [*_heading(_defined(c), docs), dict(c, source=code_of(c))]
         elif not doc: out.append(_leave_anchors(c, docs))
         elif doc.name not in told:
             out.append(_markdown(_signature(doc, package)))
@@ -167,6 +167,12 @@ def _defined(cell:dict) -> list[str]:
     methods = [f'{s.name}.{m.name}' for s in nodes if isinstance(s, ast.ClassDef)
                for m in s.body if hasattr(m, 'name')]
     return [s.name for s in nodes] + methods
+
+def _heading(names:list[str], docs:dict[str, Documented]) -> list[dict]:
+    "What stands above a source that defines `names`: nothing, if none is documented."
+    first = next((n for n in names if n in docs), None)
+    rest = [n for n in names if n != first and (n in docs or '.' in n)]
+    return [] if first is None else [_markdown(docs[first].markdown(rest))]
 
 def _signature(doc:Documented, package:Path) -> str:
     "A symbol whose source is not on the page."
@@ -229,12 +235,22 @@ def rename_chapters(
 ) -> None:
     "Drop chapter numbers from file names and from every link to them."
     names = {p.name: page_name(p.name) for p in folder.glob('*.ipynb')}
-    for p in [*folder.glob('*.ipynb'), folder/'_quarto.yml']:
-        text = p.read_text(encoding='utf-8')
-        for old,new in names.items():
-            text = re.sub(rf'(?<![\w/]){re.escape(old)}', new, text)
-        p.write_text(text, encoding='utf-8')
-    for old,new in names.items(): (folder/old).rename(folder/new)
+    for old,new in names.items():
+        (folder/old).rename(folder/new)
+        _edit(folder/'_quarto.yml', lambda text: re.sub(rf'(?<![\w/]){old}', new, text))
+    for p in folder.glob('*.ipynb'):
+        notebook = json.loads(p.read_text(encoding='utf-8'))
+        for c in notebook['cells']:
+            if c['cell_type'] == 'markdown': c['source'] = _renamed(c['source'], names)
+            for o in c.get('outputs', []):
+                data = o.get('data', {})
+                if md := data.get('text/markdown'): data['text/markdown'] = _renamed(md, names)
+        p.write_text(json.dumps(notebook), encoding='utf-8')
+
+def _renamed(text:str|list[str], names:dict[str, str]) -> str:
+    "Markdown with links to the new names; code that speaks of a file stays as it is."
+    return re.sub(r'(\]\(|href=")(\w+\.ipynb)',
+                  lambda m: m[1]+names.get(m[2], m[2]), ''.join(text))
 
 # %% ../nbs/17a_site.ipynb #d60fb2e8
 _SOURCE = re.compile(r'(/(?:blob|edit)/[^"]*/)([^/"]+\.ipynb)"')
@@ -355,7 +371,7 @@ def localize(
 
 def _near(text:str, base:str, up:str) -> str:
     "Addresses of the site relative to a page, which `up` leads out of."
-    text = text.replace('KATEX_HERE', f'{up}vendor/katex')
+    text = text.replace('="KATEX_HERE', f'="{up}vendor/katex')
     text = text.replace('src="vendor/', f'src="{up}vendor/')
     return re.sub(rf'(href|src)="{re.escape(base)}/?([^"]*)"',
                   lambda m: f'{m[1]}="{up}{m[2] or "index.html"}"', text)

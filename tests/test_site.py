@@ -4,7 +4,7 @@ import functools, http.server, json, os, re, shutil, threading, time
 import pytest
 
 from monosem.site import (build_site, check_links, code_of, cut_ties, fold_imports, imports_only, localize,
-                          page_markdown, page_name, show_sources, written_signature)
+                          page_markdown, page_name, rename_chapters, show_sources, written_signature)
 
 CHROME = os.environ.get('CHROME') or shutil.which('chromium') or shutil.which('google-chrome') or shutil.which('chromium-browser')
 if os.environ.get('CI') and not CHROME: raise RuntimeError('no Chromium in CI; expected one on the PATH or in $CHROME; .ci/run installs it')
@@ -177,6 +177,21 @@ def test_a_symbol_is_explained_once(tmp_path):
     link = '[source](https://x.example/blob/main/m/a.py#L3){.api-source}'
     assert got == ['## A {#on-a}', f'{link}[]{{#g}}\n\n### A · g {{#a .api}}', source, '## F {#on-f}',
                    f"{link}\n\n### f {{#f .api}}\n\n```python\ndef f(a:str='é', # Any\n):\n```\n\n*What `f` is.*", 'f()']
+
+
+def test_links_are_renamed_and_code_is_not(tmp_path):
+    names, text = ('06_sae.ipynb', 'index.ipynb'), '[a](06_sae.ipynb#x) 06_sae.ipynb [b](index.ipynb)'
+    new = text.replace('(06_sae', '(sae')
+    for name in names:
+        cells = [cell('markdown', text), cell('code', text, {'text/markdown': [text], 'text/plain': text})]
+        (tmp_path/name).write_text(json.dumps(dict(cells=cells)), encoding='utf-8')
+    (tmp_path/'_quarto.yml').write_text('a: [index.ipynb, 06_sae.ipynb]', encoding='utf-8')
+    rename_chapters(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {'sae.ipynb', 'index.ipynb', '_quarto.yml'}
+    assert (tmp_path/'_quarto.yml').read_text(encoding='utf-8') == 'a: [index.ipynb, sae.ipynb]'
+    prose, code = json.loads((tmp_path/'sae.ipynb').read_text(encoding='utf-8'))['cells']
+    assert prose['source'] == new and ''.join(code['source']) == text
+    assert code['outputs'][0]['data'] == {'text/markdown': new, 'text/plain': text}
 
 
 def test_only_imports_are_folded():

@@ -208,7 +208,8 @@ class Examples(NamedTuple):
 def _row(kind:str, tokens:list[str], acts:np.ndarray, top:float) -> str:
     "A snippet: every token to the right of the one before it, whatever its script."
     text = ''.join(_shaded(t, a/top, a) for t,a in zip(tokens, acts))
-    style = 'font-family:monospace;unicode-bidi:isolate-override;direction:ltr'
+    style = ('font-family:monospace;overflow-wrap:anywhere;'
+             'unicode-bidi:isolate-override;direction:ltr')
     return (f'<tr><td style="opacity:.7">{html.escape(kind)}</td>'
             f'<td style="text-align:left"><bdi style="{style}">{text}</bdi></td></tr>')
 

@@ -34,7 +34,7 @@ def planted(
 def matched_cosine(
     truth:Float[Tensor, 'n_true d_in'], # The true directions, of any norm > 0
     found:Float[Tensor, 'n_feats d_in'], # The learned directions, of any norm > 0
-) -> Float[Tensor, 'n_true']: # Cosine of each true direction with its partner, 0 without one
+) -> Float[Tensor, 'n_true']: # Cosine of each with its partner, 0 without one
     "Cosines under the one-to-one assignment with the largest sum."
     cos = _cosines(truth, found).cpu()
     i, j = linear_sum_assignment(-cos.numpy())
@@ -55,6 +55,6 @@ def _cosines(truth:Tensor, found:Tensor) -> Tensor: # (n_true, n_feats)
 def nearest_cosine(
     truth:Float[Tensor, 'n_true d_in'], # The true directions, of any norm > 0
     found:Float[Tensor, 'n_feats d_in'], # The learned directions, of any norm > 0
-) -> Float[Tensor, 'n_feats']: # Cosine of each learned direction with the nearest true one
-    "For each learned direction, its largest cosine with a true one; several may share one."
+) -> Float[Tensor, 'n_feats']: # Cosine of each with the nearest true one
+    "For each learned direction, its largest cosine; several may share a true one."
     return _cosines(truth, found).amax(0)

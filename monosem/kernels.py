@@ -27,18 +27,11 @@ from .sae import SAE, SAELoss
 class Gradients(NamedTuple):
     "The gradient of the autoencoder's loss, and what was seen on the way."
     loss: SAELoss       # Parts of the loss
-    fired: Int[Tensor, 'n_feats'] # On how many vectors of the batch each feature fired
+    fired: Int[Tensor, 'n_feats'] # On how many vectors each feature fired
     W_enc: Tensor       # (d_in, n_feats)
     b_enc: Tensor       # (n_feats,)
     W_dec: Tensor       # (n_feats, d_in)
     b_dec: Tensor       # (d_in,)
-
-# %% ../nbs/06a_kernels.ipynb #53d8def7
-def _same_place(sae:SAE, x:Tensor) -> None:
-    "Refuse activations that do not fit the dictionary."
-    check(x.ndim == 2 and x.shape[1] == sae.cfg.d_in and len(x) > 0, f'activations of shape {tuple(x.shape)}', f'(batch, {sae.cfg.d_in})', 'harvest the hook point that the dictionary is for')
-    check(x.dtype == sae.W_dec.dtype and x.device == sae.W_dec.device, f'{x.dtype} on {x.device} for weights of {sae.W_dec.dtype} on {sae.W_dec.device}',
-          'the same type and device', 'convert the activations with .to(sae.W_dec)')
 
 # %% ../nbs/06a_kernels.ipynb #3861ff88
 @torch.no_grad()
@@ -50,58 +43,62 @@ def dense_gradients(
 ) -> Gradients: # Of the loss of `sae_loss`
     "Five matrix products; any device and floating-point type."
     _same_place(sae, x)
-    bias, push = sae.b_enc-sae.b_dec@sae.W_enc, torch.full_like(sae.b_enc, l1/len(x))
-    W_dec, W_enc_T, b_enc, b_dec, fired, ones = (torch.zeros_like(t) for t in (sae.W_dec, sae.W_dec, sae.b_enc, sae.b_dec, sae.b_enc, x[:, 0]))
-    mse, norm1, ones = x.new_zeros(()), x.new_zeros(()), ones+1
-    for rows in x.split(tile or (512 if x.device.type == 'cpu' else len(x))):
+    batch, bias = len(x), sae.b_enc-sae.b_dec@sae.W_enc
+    grad_W_dec, grad_W_enc_T = torch.zeros_like(sae.W_dec), torch.zeros_like(sae.W_dec)
+    grad_b_enc, grad_b_dec = torch.zeros_like(sae.b_enc), torch.zeros_like(sae.b_dec)
+    fired, push = torch.zeros_like(sae.b_enc), torch.full_like(sae.b_enc, l1/batch)
+    error, norm1, ones = x.new_zeros(()), x.new_zeros(()), torch.ones_like(x[:, 0])
+    for rows in x.split(tile or (512 if x.device.type == 'cpu' else batch)):
         f = torch.addmm(bias, rows, sae.W_enc).relu_()
         delta = torch.addmm(sae.b_dec, f, sae.W_dec)-rows
-        mse, norm1 = mse+delta.square().sum(), norm1+f.sum()
-        W_dec.addmm_(f.T, delta.mul_(2/len(x)))
-        on = f.sign_()
+        error += delta.square().sum()
+        norm1 += f.sum()
+        delta.mul_(2/batch)  # the residual's memory becomes the gradient at x_hat
+        grad_W_dec.addmm_(f.T, delta)
+        on = f.sign_()  # f is spent: its memory becomes the 0/1 mask
         g = torch.addmm(push, delta, sae.W_dec.T).mul_(on)
-        W_enc_T.addmm_(g.T, rows)
-        fired.add_(ones[:len(rows)]@on)
-        b_enc.add_(g.sum(0))
-        b_dec.add_(delta.sum(0))
-    mse, norm1 = mse/len(x), norm1/len(x)
-    W_enc_T.addr_(b_enc, sae.b_dec, alpha=-1)
-    return Gradients(SAELoss(mse+l1*norm1, mse, norm1, fired.sum()/len(x)), fired.long(), W_enc_T.T, b_enc, W_dec, b_dec-sae.W_enc@b_enc)
+        grad_W_enc_T.addmm_(g.T, rows)
+        fired += ones[:len(rows)]@on
+        grad_b_enc += g.sum(0)
+        grad_b_dec += delta.sum(0)
+    grad_W_enc_T.addr_(grad_b_enc, sae.b_dec, alpha=-1)
+    grad_b_dec -= sae.W_enc@grad_b_enc
+    loss = _mean_loss(error/batch, norm1/batch, fired.sum()/batch, l1)
+    return Gradients(loss, fired.long(),
+                     grad_W_enc_T.T, grad_b_enc, grad_W_dec, grad_b_dec)
+
+def _mean_loss(mse:Tensor, norm1:Tensor, l0:Tensor, l1:float) -> SAELoss:
+    "The parts of the loss with their total."
+    return SAELoss(mse+l1*norm1, mse, norm1, l0)
+
+def _same_place(sae:SAE, x:Tensor) -> None:
+    "Refuse activations that do not fit the dictionary."
+    W, d_in = sae.W_dec, sae.cfg.d_in
+    check(x.ndim == 2 and x.shape[1] == d_in and len(x) > 0,
+          f'activations of shape {tuple(x.shape)}', f'(batch, {d_in})',
+          'harvest the hook point that the dictionary is for')
+    check(x.dtype == W.dtype and x.device == W.device,
+          f'{x.dtype} on {x.device} for weights of {W.dtype} on {W.device}',
+          'the same type and device', 'convert the activations with .to(sae.W_dec)')
 
 # %% ../nbs/06a_kernels.ipynb #b7a854aa
 class ActiveSet(NamedTuple):
-    "The positive feature activations of a batch, row by row; vector b has entries start[b] to start[b+1]."
+    "The positive activations of a batch; vector b has entries start[b] to start[b+1]."
     start: np.ndarray # (batch + 1,) int64
     index: np.ndarray # (n_active,) int32 feature numbers, rising within a vector
     value: np.ndarray # (n_active,) float32 activations, > 0
 
 # %% ../nbs/06a_kernels.ipynb #3c7f69cc
-# A cache that has no folder, one that cannot be written or read, one that is damaged
-UNUSABLE = RuntimeError, OSError, EOFError, UnpicklingError
-
-@lru_cache
-def _kernels() -> tuple:
-    "The compiled loops; numba is imported, and compiles or reads its cache, at the first use."
-    try: return _compiled(cache=True)
-    except UNUSABLE as e:
-        warnings.warn(f'numba cannot use its cache ({e!r}): the loops are compiled anew in '
-                      'every process. Set NUMBA_CACHE_DIR to an empty, writable folder.')
-        return _compiled(cache=False)
-
-def _compiled(cache:bool) -> tuple:
-    "The loops, for the types below and no others, so that nothing is compiled later."
-    import numba as nb
-    from numba import prange
-    fast = dict(fastmath={'reassoc', 'contract', 'nsz', 'arcp'}, cache=cache, error_model='numpy')  # sums may be reordered; NaN stays NaN
-    def njit(types, **how):  # without the type checks that tests put around every function
-        return lambda f: nb.njit(types, **how, **fast)(unwrap(f))
+def _gathering(njit:Callable) -> tuple:
+    "Loops that copy the positive entries out of a tile of pre-activations."
+    from numba import int32, prange
     zero = np.float32(0)
 
     @njit('(f4[:,::1], i8[::1])', parallel=True)
     def count(pre, n_active):
         for b in prange(pre.shape[0]):
-            row, c = pre[b], nb.int32(0)
-            for j in range(row.shape[0]): c += nb.int32(row[j] > zero)
+            row, c = pre[b], int32(0)
+            for j in range(row.shape[0]): c += int32(row[j] > zero)
             n_active[b] = c
 
     @njit('(f4[:,::1], i8[::1], i4[::1], f4[::1])', parallel=True)
@@ -110,28 +107,100 @@ def _compiled(cache:bool) -> tuple:
         for b in prange(pre.shape[0]):
             k, row = start[b], pre[b]
             for j0 in range(0, n, 32):
-                j1, some = min(j0+32, n), nb.int32(0)
-                for j in range(j0, j1): some += nb.int32(row[j] > zero)
-                if some:  # most blocks of 32 are empty: one vector instruction passes them
+                j1, some = min(j0+32, n), int32(0)
+                for j in range(j0, j1): some += int32(row[j] > zero)
+                if some:  # most blocks of 32 are empty, found by one vector instruction
                     for j in range(j0, j1):
                         if row[j] > zero:
                             index[k] = j
                             value[k] = row[j]
                             k += 1
 
-    @njit('(f4[:,::1], f4[:,::1], f4[::1], f8, i8[::1], i4[::1], f4[::1], f4[:,::1], f4[::1], f4[::1])', parallel=True)
-    def decode(x, W_dec, b_dec, l1, start, index, value, delta, g, mse):
+    return count, gather
+
+# %% ../nbs/06a_kernels.ipynb #5bb76165
+# A cache that has no folder, one that cannot be written or read, one that is damaged
+UNUSABLE = RuntimeError, OSError, EOFError, UnpicklingError
+
+@lru_cache
+def _kernels(make:Callable) -> tuple:
+    "Compiled loops; numba compiles them or reads its cache at the first use."
+    try: return make(_njit(cache=True))
+    except UNUSABLE as e:
+        warnings.warn(f'numba cannot use its cache ({e!r}): the loops are compiled '
+                      'anew in every process. '
+                      'Set NUMBA_CACHE_DIR to an empty, writable folder.')
+        return make(_njit(cache=False))
+
+def _njit(cache:bool) -> Callable:
+    "numba's compiler, for given types and no others: nothing is compiled later."
+    import numba
+    # Sums may be reordered; NaN stays NaN.
+    loose = {'reassoc', 'contract', 'nsz', 'arcp'}
+    fast = dict(fastmath=loose, cache=cache, error_model='numpy')
+    def njit(types, **how):  # without the type checks that tests put around functions
+        return lambda f: numba.njit(types, **how, **fast)(unwrap(f))
+    return njit
+
+def _follow_torch_threads() -> None:
+    "As many threads for the loops as for the matrix products."
+    import numba
+    n = torch.get_num_threads()
+    numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
+    # Both may share OpenMP, and numba's first start resets its threads.
+    if torch.get_num_threads() != n: torch.set_num_threads(n)
+
+# %% ../nbs/06a_kernels.ipynb #224a1732
+@torch.no_grad()
+def active_set(
+    sae:SAE, # The dictionary, float32 on the CPU
+    x:Float[Tensor, 'batch d_in'], # Activations
+    tile:int=512, # Vectors whose pre-activations are kept at a time
+) -> ActiveSet: # What fired
+    "Encode and keep the positive entries only."
+    _same_place(sae, x)
+    check(x.dtype == torch.float32 and x.device.type == 'cpu',
+          f'{x.dtype} on {x.device}', 'float32 on the CPU',
+          'convert with .float().cpu(), or use dense_gradients')
+    count, gather = _kernels(_gathering)
+    _follow_torch_threads()
+    bias = sae.b_enc-sae.b_dec@sae.W_enc
+    buffer, parts = torch.empty(min(tile, len(x)), sae.cfg.n_feats), []
+    for rows in x.split(tile):  # each overwrites the buffer
+        pre = torch.addmm(bias, rows, sae.W_enc, out=buffer[:len(rows)]).numpy()
+        n_active = np.empty(len(rows), np.int64)
+        count(pre, n_active)
+        start = _starts(n_active)
+        index, value = np.empty(start[-1], np.int32), np.empty(start[-1], np.float32)
+        gather(pre, start, index, value)
+        parts.append((n_active, index, value))
+    of_vector, indices, values = (np.concatenate(p) for p in zip(*parts))
+    return ActiveSet(_starts(of_vector), indices, values)
+
+def _starts(n_active:np.ndarray) -> np.ndarray:
+    "Where the entries of each vector begin, and where the last ones end."
+    return np.concatenate([[0], n_active.cumsum()])
+
+# %% ../nbs/06a_kernels.ipynb #6a00000a
+def _summing(njit:Callable) -> tuple:
+    "Loops over the entries of an active set, by vector and by feature."
+    from numba import prange
+    zero = np.float32(0)
+
+    @njit('(f4[:,::1], f4[:,::1], f4[::1], f8, i8[::1], i4[::1], f4[::1],'
+          ' f4[:,::1], f4[::1], f4[::1])', parallel=True)
+    def decode(x, W_dec, b_dec, l1, start, index, value, delta, g, errors):
         batch, d_in = x.shape
         for b in prange(batch):
-            row, total = delta[b], zero
+            row, error = delta[b], zero
             for d in range(d_in): row[d] = b_dec[d]-x[b, d]
             for k in range(start[b], start[b+1]):
                 w, v = W_dec[index[k]], value[k]
                 for d in range(d_in): row[d] += v*w[d]
             for d in range(d_in):
-                total += row[d]*row[d]
-                row[d] *= np.float32(2/batch)
-            mse[b] = total
+                error += row[d]*row[d]
+                row[d] *= np.float32(2/batch)  # the residual becomes the gradient
+            errors[b] = error
             for k in range(start[b], start[b+1]):
                 w, dot = W_dec[index[k]], zero
                 for d in range(d_in): dot += row[d]*w[d]
@@ -142,14 +211,16 @@ def _compiled(cache:bool) -> tuple:
         first = np.zeros(n_feats+1, np.int64)
         for j in index: first[j+1] += 1
         for j in range(n_feats): first[j+1] += first[j]
-        row, entry, fill = np.empty(len(index), np.int32), np.empty(len(index), np.int64), first[:-1].copy()
+        row, entry = np.empty(len(index), np.int32), np.empty(len(index), np.int64)
+        fill = first[:-1].copy()
         for b in range(len(start)-1):
             for k in range(start[b], start[b+1]):
                 p = fill[index[k]]
                 row[p], entry[p], fill[index[k]] = b, k, p+1
         return first, row, entry
 
-    @njit('(f4[:,::1], f4[:,::1], f4[::1], f4[::1], f4[::1], i8[::1], i4[::1], i8[::1], f4[:,::1], f4[::1], f4[:,::1])', parallel=True)
+    @njit('(f4[:,::1], f4[:,::1], f4[::1], f4[::1], f4[::1], i8[::1], i4[::1], i8[::1],'
+          ' f4[:,::1], f4[::1], f4[:,::1])', parallel=True)
     def weights(x, delta, b_dec, value, g, first, row, entry, W_enc_T, b_enc, W_dec):
         n_feats, d_in = W_dec.shape
         for j in prange(n_feats):
@@ -164,39 +235,7 @@ def _compiled(cache:bool) -> tuple:
             for d in range(d_in): enc[d] -= total*b_dec[d]
             b_enc[j] = total
 
-    return count, gather, decode, by_feature, weights
-
-# %% ../nbs/06a_kernels.ipynb #5bb76165
-def _follow_torch_threads() -> None:
-    "As many threads for the loops as for the matrix products."
-    import numba
-    n = torch.get_num_threads()
-    numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
-    if torch.get_num_threads() != n: torch.set_num_threads(n)  # both may share OpenMP, and numba's first start resets its threads
-
-# %% ../nbs/06a_kernels.ipynb #224a1732
-@torch.no_grad()
-def active_set(
-    sae:SAE, # The dictionary, float32 on the CPU
-    x:Float[Tensor, 'batch d_in'], # Activations
-    tile:int=512, # Vectors whose pre-activations are kept at a time
-) -> ActiveSet: # What fired
-    "Encode and keep the positive entries only."
-    _same_place(sae, x)
-    check(x.dtype == torch.float32 and x.device.type == 'cpu', f'{x.dtype} on {x.device}', 'float32 on the CPU', 'convert with .float().cpu(), or use dense_gradients')
-    count, gather, *_ = _kernels()
-    _follow_torch_threads()
-    bias, buffer, parts = sae.b_enc-sae.b_dec@sae.W_enc, torch.empty(min(tile, len(x)), sae.cfg.n_feats), []
-    for rows in x.split(tile):
-        pre = torch.addmm(bias, rows, sae.W_enc, out=buffer[:len(rows)]).numpy()
-        n_active, start = np.empty(len(rows), np.int64), np.zeros(len(rows)+1, np.int64)
-        count(pre, n_active)
-        np.cumsum(n_active, out=start[1:])
-        index, value = np.empty(start[-1], np.int32), np.empty(start[-1], np.float32)
-        gather(pre, start, index, value)
-        parts.append((n_active, index, value))
-    n_active, index, value = (np.concatenate(p) for p in zip(*parts))
-    return ActiveSet(np.concatenate([[0], n_active.cumsum()]), index, value)
+    return decode, by_feature, weights
 
 # %% ../nbs/06a_kernels.ipynb #5a66132a
 @torch.no_grad()
@@ -207,31 +246,36 @@ def sparse_gradients(
     tile:int=512, # See `active_set`
 ) -> Gradients: # The same as `dense_gradients`, up to the order of sums
     "One matrix product, and sums over what fired; exact."
-    *_, decode, by_feature, weights = _kernels()
-    x, batch = x.detach().contiguous(), len(x)
-    start, index, value = active_set(sae, x, tile)
-    xs, W, b = (t.detach().contiguous().numpy() for t in (x, sae.W_dec, sae.b_dec))
-    delta, g, mse = np.empty_like(xs), np.empty_like(value), np.empty(batch, np.float32)
-    decode(xs, W, b, l1, start, index, value, delta, g, mse)
-    first, row, entry = by_feature(start, index, len(W))
-    W_enc_T, W_dec, b_enc = np.empty_like(W), np.empty_like(W), np.empty(len(W), np.float32)
-    weights(xs, delta, b, value, g, first, row, entry, W_enc_T, b_enc, W_dec)
-    W_enc_T, b_enc, W_dec, delta = map(torch.from_numpy, (W_enc_T, b_enc, W_dec, delta))
-    mean_mse, norm1 = torch.tensor(mse.mean()), torch.tensor(value.sum()/batch)
-    loss = SAELoss(mean_mse+l1*norm1, mean_mse, norm1, torch.tensor(len(index)/batch))
-    fired, b_dec = torch.from_numpy(np.diff(first)), delta.sum(0)-sae.W_enc@b_enc
-    return Gradients(loss, fired, W_enc_T.T, b_enc, W_dec, b_dec)
-
+    batch, vectors = len(x), x.detach().contiguous()
+    start, index, value = active_set(sae, vectors, tile)
+    decode, by_feature, weights = _kernels(_summing)
+    xs = vectors.numpy()
+    W_dec, b_dec = (p.detach().contiguous().numpy() for p in (sae.W_dec, sae.b_dec))
+    delta, g = np.empty_like(xs), np.empty_like(value)
+    errors = np.empty(batch, np.float32)
+    decode(xs, W_dec, b_dec, l1, start, index, value, delta, g, errors)
+    first, row, entry = by_feature(start, index, len(W_dec))
+    grad_W_enc_T, grad_W_dec = np.empty_like(W_dec), np.empty_like(W_dec)
+    grad_b_enc = np.empty(len(W_dec), np.float32)
+    weights(xs, delta, b_dec, value, g, first, row, entry,
+            grad_W_enc_T, grad_b_enc, grad_W_dec)
+    means = errors.mean(), value.sum()/batch, len(index)/batch
+    loss = _mean_loss(*map(torch.tensor, means), l1)
+    arrays = np.diff(first), grad_W_enc_T, grad_b_enc, grad_W_dec
+    fired, of_enc_T, of_pre, of_dec = map(torch.from_numpy, arrays)
+    grad_b_dec = torch.from_numpy(delta).sum(0)-sae.W_enc@of_pre
+    return Gradients(loss, fired, of_enc_T.T, of_pre, of_dec, grad_b_dec)
 
 # %% ../nbs/06a_kernels.ipynb #26633d84
 class DensitySwitch:
-    "Computes gradients the sparse way while few features fire, the dense way otherwise."
+    "Gradients the sparse way while few features fire, the dense way otherwise."
     def __init__(self,
         low:float=.09, # Go sparse below this share of active features
         high:float=.12, # Stay sparse below this share
         way:Callable=sparse_gradients, # The sparse way
     ):
-        check(0 <= low <= high <= 1, f'low={low}, high={high}', '0 <= low <= high <= 1', 'change them')
+        check(0 <= low <= high <= 1, f'low={low}, high={high}', '0 <= low <= high <= 1',
+              'change them')
         self.low, self.high, self.way, self.sparse = low, high, way, False
 
     def __call__(self,
@@ -240,10 +284,12 @@ class DensitySwitch:
         l1:float, # Coefficient lambda >= 0
     ) -> Gradients: # Of the loss of `sae_loss`
         "The gradients, by the way that the last batch suggests."
-        able = x.dtype == torch.float32 and (self.way is not sparse_gradients or x.device.type == 'cpu')
-        out = (self.way if self.sparse and able else dense_gradients)(sae, x, l1)
-        density = float(out.loss.l0)/sae.cfg.n_feats
-        self.sparse = density < (self.high if self.sparse else self.low)
+        here = self.way is not sparse_gradients or x.device.type == 'cpu'
+        able = here and x.dtype == torch.float32
+        way = self.way if self.sparse and able else dense_gradients
+        out = way(sae, x, l1)
+        threshold = self.high if self.sparse else self.low
+        self.sparse = float(out.loss.l0)/sae.cfg.n_feats < threshold
         return out
 
     def state_dict(self) -> dict: # `sparse`
@@ -256,17 +302,6 @@ class DensitySwitch:
         "Go on as then."
         self.sparse = state['sparse']
 
-# %% ../nbs/06a_kernels.ipynb #913e27f9
-class _ExactLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, l1, sae, gradients, *params):
-        out = gradients(sae, x, l1)
-        ctx.save_for_backward(*out[2:])
-        return out.loss.total.clone()
-
-    @staticmethod
-    def backward(ctx, upstream): return None, None, None, None, *(upstream*g for g in ctx.saved_tensors)
-
 # %% ../nbs/06a_kernels.ipynb #5c54170c
 def exact_loss(
     sae:SAE, # The dictionary
@@ -275,4 +310,17 @@ def exact_loss(
     gradients=sparse_gradients, # How: this, `dense_gradients`, or a `DensitySwitch`
 ) -> Float[Tensor, '']: # The total loss of `sae_loss`
     "The loss, with gradients for the dictionary's parameters computed by hand."
-    return _ExactLoss.apply(x, l1, sae, gradients, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+    weights = sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec
+    return _ExactLoss.apply(x, l1, sae, gradients, *weights)
+
+class _ExactLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, l1, sae, gradients, *weights):
+        out = gradients(sae, x, l1)
+        ctx.save_for_backward(out.W_enc, out.b_enc, out.W_dec, out.b_dec)
+        return out.loss.total.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        of_weights = (upstream*g for g in ctx.saved_tensors)
+        return None, None, None, None, *of_weights

@@ -43,7 +43,7 @@ def process_number() -> int: # 0 to n_processes() - 1
 
 # %% ../nbs/06c_parallel.ipynb #b6c9a30a
 class SharedGradients:
-    "Wraps a way to compute gradients: each process takes its slice of the batch, all add up."
+    "Each process computes gradients on its slice of the batch, and all add up."
     def __init__(self,
         gradients:Callable, # Such as a `DensitySwitch`
     ):
@@ -55,18 +55,22 @@ class SharedGradients:
         l1:float, # Coefficient lambda >= 0
     ) -> Gradients: # On the global batch, equal in all processes
         "The gradients on the whole batch."
-        check(len(x) >= n_processes(), f'a batch of {len(x)} vectors', f'at least one for each of {n_processes()} processes', 'use a larger batch')
-        mine = x.tensor_split(n_processes())[process_number()]
-        loss, fired, W_enc, *rest = self.gradients(sae, mine, l1)
-        parts = [*loss, W_enc.T, *rest, fired/len(mine)*len(x)]  # counts add up, the others are means
-        flat = torch.cat([p.reshape(-1).to(x.dtype) for p in parts]).mul_(len(mine)/len(x))
-        dist.all_reduce(flat)
-        parts = [f.view(p.shape) for f,p in zip(flat.split([p.numel() for p in parts]), parts)]
-        return Gradients(SAELoss(*parts[:4]), parts[-1].round().long(), parts[4].T, *parts[5:-1])
+        n = n_processes()
+        check(len(x) >= n, f'a batch of {len(x)} vectors',
+              f'at least one for each of {n} processes', 'use a larger batch')
+        mine = x.tensor_split(n)[process_number()]
+        part = self.gradients(sae, mine, l1)
+        counts = part.fired/len(mine)*len(x)  # they add up, all others are means
+        tensors = [*part.loss, counts, part.W_enc.T, part.b_enc, part.W_dec, part.b_dec]
+        total = _summed(tensors, len(mine)/len(x), x.dtype)
+        *loss, fired, W_enc_T, b_enc, W_dec, b_dec = total
+        return Gradients(SAELoss(*loss), fired.round().long(),
+                         W_enc_T.T, b_enc, W_dec, b_dec)
 
     def state_dict(self) -> dict: # That of the way it wraps
         "What the next step depends on."
-        return self.gradients.state_dict() if hasattr(self.gradients, 'state_dict') else {}
+        inner = self.gradients
+        return inner.state_dict() if hasattr(inner, 'state_dict') else {}
 
     def load_state_dict(self,
         state:dict, # From `state_dict`
@@ -74,16 +78,24 @@ class SharedGradients:
         "Go on as then."
         if state: self.gradients.load_state_dict(state)
 
+def _summed(tensors:list[Tensor], weight:float, dtype:torch.dtype) -> list[Tensor]:
+    "The weighted sum over all processes, in one exchange."
+    flat = torch.cat([t.reshape(-1).to(dtype) for t in tensors]).mul_(weight)
+    dist.all_reduce(flat)
+    sizes = [t.numel() for t in tensors]
+    return [part.view(t.shape) for part,t in zip(flat.split(sizes), tensors)]
+
 # %% ../nbs/06c_parallel.ipynb #08ad88ab
 def share_harvest(
-    acts_of:Callable[[Tensor], Tensor], # Tokens (batch, pos) to activations (batch, pos, d_in), see `at_hook`
+    acts_of:Callable[[Tensor], Tensor], # Tokens to (batch, pos, d_in), see `at_hook`
 ) -> Callable[[Tensor], Tensor]: # The same function, each process computing a part
     "Divide each forward pass among the processes."
     if n_processes() == 1: return acts_of
     def f(tokens):
-        n = -(-len(tokens)//n_processes())
-        padded = torch.cat([tokens, tokens[:1].expand(n*n_processes()-len(tokens), -1)])
-        mine = acts_of(padded[process_number()*n:(process_number()+1)*n]).contiguous()
+        share = -(-len(tokens)//n_processes())  # rounded up: the last ones are padded
+        missing = share*n_processes()-len(tokens)
+        padded = torch.cat([tokens, tokens[:1].expand(missing, -1)])
+        mine = acts_of(padded.split(share)[process_number()]).contiguous()
         parts = [torch.empty_like(mine) for _ in range(n_processes())]
         dist.all_gather(parts, mine)
         return torch.cat(parts)[:len(tokens)]
@@ -102,18 +114,25 @@ def any_process(
     dist.all_reduce(t, dist.ReduceOp.MAX)
     return bool(t)
 
-# %% ../nbs/06c_parallel.ipynb #b00f2c97
 def agree(
     value:Any, # JSON-ready; must be the same in all processes
     device:str|torch.device='cpu', # Where this process computes
 ) -> None:
     "Compare a value with that of process 0; all processes stop when one differs."
     if n_processes() == 1: return
-    mine = torch.tensor(list(json.dumps(value, sort_keys=True).encode()), dtype=torch.uint8, device=device)
+    diff = differences(json.loads(json.dumps(value)), _of_first(value, device))
+    if any_process(bool(diff), device):
+        what = '; '.join(diff[:3]) or 'another process differs from this one'
+        raise ValueError(f'got different settings in different processes ({what}); '
+                         'expected the same in all; start all with the same command.')
+
+def _of_first(value:Any, device:str|torch.device) -> Any:
+    "Process 0's value, as JSON bytes: first how many, then the bytes."
+    text = json.dumps(value, sort_keys=True).encode()
+    mine = torch.tensor(list(text), dtype=torch.uint8, device=device)
     size = torch.tensor(len(mine), device=device)
     dist.broadcast(size, 0)
-    theirs = mine.clone() if process_number() == 0 else torch.zeros(int(size), dtype=torch.uint8, device=device)
+    blank = torch.zeros(int(size), dtype=torch.uint8, device=device)
+    theirs = mine if process_number() == 0 else blank
     dist.broadcast(theirs, 0)
-    diff = differences(json.loads(json.dumps(value)), json.loads(bytes(theirs.tolist())))
-    if any_process(bool(diff), device):
-        raise ValueError(f'got different settings in different processes ({"; ".join(diff[:3]) or "another process differs from this one"}); expected the same in all; start all with the same command.')
+    return json.loads(bytes(theirs.tolist()))

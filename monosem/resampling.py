@@ -28,23 +28,32 @@ def resample_dead(
     dead:Bool[Tensor, 'n_feats'], # Which features to replace
     gen:torch.Generator, # Of the draws
     scale:float=.2, # Encoder norm relative to the alive mean
-) -> int: # How many were replaced: all dead ones, or 0 if no input has a loss and a direction
-    "Give dead features new directions, drawn from inputs with probability proportional to loss squared."
+) -> int: # How many were replaced: all dead ones, or 0 if no input is fit
+    "New directions for dead features, drawn from inputs in proportion to loss squared."
     n = int(dead.sum())
     if n == 0: return 0
     check(len(x) > 0, 'no input to resample from', 'at least one', 'pass a larger pool')
     weight = _weights(sae, x)
     fit = int((weight > 0).sum())
     if fit == 0: return 0
-    chosen = torch.multinomial(weight, n, replacement=n > fit, generator=gen).to(x.device)
-    rows = F.normalize(x[chosen]-sae.b_dec, dim=-1)
-    alive = sae.W_enc[:, ~dead if (~dead).any() else dead].norm(dim=0).mean()
-    sae.W_dec[dead], sae.W_enc[:, dead], sae.b_enc[dead] = rows, scale*alive*rows.T, 0.
-    everything = slice(None)
-    for p, where in ((sae.W_dec, (dead,)), (sae.W_enc, (everything, dead)), (sae.b_enc, (dead,))):
-        for moment in opt.state.get(p, {}).values():
-            if isinstance(moment, Tensor) and moment.shape == p.shape: moment[where] = 0.
+    chosen = torch.multinomial(weight, n, replacement=n > fit, generator=gen)
+    rows = F.normalize(x[chosen.to(x.device)]-sae.b_dec, dim=-1)
+    alive = ~dead if (~dead).any() else dead
+    norm = scale*sae.W_enc[:, alive].norm(dim=0).mean()
+    sae.W_dec[dead] = rows
+    sae.W_enc[:, dead] = norm*rows.T
+    sae.b_enc[dead] = 0.
+    _forget(sae, opt, dead)
     return n
+
+def _forget(sae:SAE, opt:torch.optim.Optimizer, dead:Tensor) -> None:
+    "Zero Adam's moments of the changed entries."
+    everything = slice(None)
+    columns = everything, dead
+    for p, where in (sae.W_dec, dead), (sae.W_enc, columns), (sae.b_enc, dead):
+        for moment in opt.state.get(p, {}).values():
+            fits = isinstance(moment, Tensor) and moment.shape == p.shape
+            if fits: moment[where] = 0.
 
 def _loss(sae:SAE, x:Tensor) -> Tensor:
     "Loss of each input, with the coefficient that the dictionary is for."
@@ -54,18 +63,18 @@ def _loss(sae:SAE, x:Tensor) -> Tensor:
 def _weights(sae:SAE, x:Tensor) -> Tensor:
     "Loss squared of each input, 0 for one without a direction; float64 on the CPU."
     loss = torch.cat([_loss(sae, rows) for rows in x.split(4096)])
-    check(bool(loss.isfinite().all()), 'inputs with a loss that is not finite', 'finite losses',
-          'look for NaN or infinity in the inputs and the weights')
-    has_direction = (x-sae.b_dec).norm(dim=-1) > 1e-12  # what `normalize` brings to norm 1
+    check(bool(loss.isfinite().all()), 'inputs with a loss that is not finite',
+          'finite losses', 'look for NaN or infinity in the inputs and the weights')
+    # What `normalize` brings to norm 1
+    has_direction = (x-sae.b_dec).norm(dim=-1) > 1e-12
     return (loss*has_direction).cpu().double().square()
-
 
 # %% ../nbs/07a_resampling.ipynb #86f01d99
 @dataclass(frozen=True)
 class ResampleConfig(Config):
     "When dead features are replaced; the defaults are for runs of minutes."
     at: tuple = (.15, .3, .45, .6) # Shares of the run at which to resample
-    window: int = 100_000       # Vectors without firing, or more, that make a feature dead
+    window: int = 100_000       # Vectors without firing that make a feature dead
     pool: int = 40_960          # Recent inputs to draw from
     scale: float = .2           # Encoder norm relative to the alive mean
     seed: int = 0               # Of the draws
@@ -79,8 +88,10 @@ class ResampleConfig(Config):
         return cls(**recipe | other)
 
     def __post_init__(self):
-        check(all(0 < a < 1 for a in self.at), f'at={self.at}', 'shares of the run between 0 and 1', 'change them')
-        check(self.window > 0 and 0 < self.pool <= 2**24, f'window={self.window}, pool={self.pool}',
+        check(all(0 < a < 1 for a in self.at), f'at={self.at}',
+              'shares of the run between 0 and 1', 'change them')
+        check(self.window > 0 and 0 < self.pool <= 2**24,
+              f'window={self.window}, pool={self.pool}',
               'positive numbers of vectors, at most 2^24 in the pool', 'change them')
 
 # %% ../nbs/07a_resampling.ipynb #10a8f495
@@ -89,7 +100,8 @@ class Resampler:
     def __init__(self,
         cfg:ResampleConfig=ResampleConfig(), # The schedule
     ):
-        self.cfg, self.gen, self.recent, self.history = cfg, make_generator(cfg.seed), [], []
+        self.cfg, self.gen = cfg, make_generator(cfg.seed)
+        self.recent, self.history = [], []  # batches, and a row for each resampling
 
     def __call__(self,
         state:TrainState, # What the loop shows after each step
@@ -101,7 +113,8 @@ class Resampler:
         self._keep(state.x)
         if state.step not in steps: return
         dead = state.silent >= self.cfg.window
-        n = resample_dead(state.sae, state.opt, self._pool(), dead, self.gen, self.cfg.scale)
+        n = resample_dead(state.sae, state.opt, self._pool(), dead, self.gen,
+                          self.cfg.scale)
         if n: state.silent[dead] = 0
         state.rewarm_from = state.step
         self.history.append(dict(step=state.step, resampled=n))
@@ -111,7 +124,7 @@ class Resampler:
         n_steps:int, # Of the run
         batch:int, # Vectors per step
     ) -> None:
-        "Refuse a schedule that repeats a step, leaves no step after it or has too few inputs."
+        "Refuse a schedule of equal steps, with none after it, or with too few inputs."
         at, pool = self.cfg.at, self.cfg.pool
         steps = [round(a*n_steps) for a in at]
         check(len(set(steps)) == len(steps) and all(0 < s < n_steps for s in steps),
@@ -119,8 +132,8 @@ class Resampler:
               'different steps between 1 and the last but one',
               'change `at`, or train for more steps')
         first = min(steps, default=n_steps)*batch
-        check(not steps or first >= pool,
-              f'the first resampling after {first:,} vectors, of which {pool:,} are to be considered',
+        check(not steps or first >= pool, f'the first resampling after {first:,} '
+              f'vectors, of which {pool:,} are to be considered',
               'a pool that is there by then',
               'lower `pool`, resample later (`at`), or train on more')
 
@@ -137,8 +150,10 @@ class Resampler:
 
     def state_dict(self) -> dict: # Arrays and JSON values
         "What a checkpoint keeps."
-        kept = torch.cat([x.cpu() for x in self.recent]) if self.recent else torch.empty(0)
-        return dict(gen=self.gen.get_state(), recent=kept, sizes=[len(x) for x in self.recent],
+        recent = [x.cpu() for x in self.recent]
+        kept = torch.cat(recent) if recent else torch.empty(0)
+        sizes = [len(x) for x in self.recent]
+        return dict(gen=self.gen.get_state(), recent=kept, sizes=sizes,
                     history=list(self.history))
 
     def load_state_dict(self,
@@ -148,4 +163,3 @@ class Resampler:
         self.gen.set_state(d['gen'])
         self.recent = list(d['recent'].split(d['sizes'])) if d['sizes'] else []
         self.history = list(d['history'])
-

@@ -58,7 +58,8 @@ def colored_text(
     "A text with a background for each token, darker where its number is larger."
     acts = np.asarray(acts, dtype=float)
     given = f'{len(tokens)} tokens, numbers of shape {acts.shape}'
-    check(acts.shape == (len(tokens),), given, 'a number for each token', 'cut both alike')
+    check(acts.shape == (len(tokens),), given, 'a number for each token',
+          'cut both alike')
     usable = np.isfinite(acts) & (acts >= 0)
     check(bool(usable.all()), f'the numbers {acts[~usable][:5]}', 'finite ones >= 0',
           'clip them at 0')

@@ -57,7 +57,8 @@ def plot_plane(
         fig.add_scatter(x=at[mine, 0].round(3), y=at[mine, 1].round(3), mode='markers',
                         marker=style, text=[hover[j] for j in mine], hoverinfo='text',
                         showlegend=False)
-        key = dict(color=color, size=11, symbol=by_name[k] if marks is None else 'square')
+        symbol = by_name[k] if marks is None else 'square'
+        key = dict(color=color, size=11, symbol=symbol)
         fig.add_scatter(x=[None], y=[None], mode='markers', name=name, marker=key)
     axes = dict(xaxis_title='first coordinate',
                 yaxis=dict(scaleanchor='x', title='second coordinate'))

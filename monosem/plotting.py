@@ -280,8 +280,8 @@ def matrices_over_bars(
     "Heat maps over bars, a column per model."
     k, (matrix, length, shade) = len(names), titles
     for what, given in (('matrices', matrices), ('bars', lengths), ('shades', shades)):
-        check(len(given) == k, f'{len(given)} panels of {what} and {k} names', 'as many',
-              'give one name per panel')
+        check(len(given) == k, f'{len(given)} panels of {what} and {k} names',
+              'as many', 'give one name per panel')
     fig = make_subplots(rows=2, cols=k, subplot_titles=names, vertical_spacing=.04,
                         horizontal_spacing=.02)
     tip = f'feature %{{y}}: {length} %{{x:.2f}}, {shade} %{{marker.color:.2f}}'
@@ -331,8 +331,8 @@ def stacked_bars(
         fig.add_bar(x=names, y=v, customdata=s, marker=dict(color=color, line=edges),
                     hovertemplate=f'feature {j}: {tip}')
     # a point too small to see carries the colour bar
-    scale = dict(color=[0], colorscale='Viridis', cmin=0, cmax=1, showscale=True, size=.1,
-                 colorbar=dict(title=shade_title, thickness=10))
+    scale = dict(color=[0], colorscale='Viridis', cmin=0, cmax=1, showscale=True,
+                 size=.1, colorbar=dict(title=shade_title, thickness=10))
     fig.add_scatter(x=names[:1], y=[0], mode='markers', marker=scale, hoverinfo='skip')
     return fig.update_layout(title=wrapped(title), barmode='stack', showlegend=False,
                              height=420, yaxis_title=y_title,

@@ -244,7 +244,8 @@ def rename_chapters(
             if c['cell_type'] == 'markdown': c['source'] = _renamed(c['source'], names)
             for o in c.get('outputs', []):
                 data = o.get('data', {})
-                if md := data.get('text/markdown'): data['text/markdown'] = _renamed(md, names)
+                md = data.get('text/markdown', '')
+                if md: data['text/markdown'] = _renamed(md, names)
         p.write_text(json.dumps(notebook), encoding='utf-8')
 
 def _renamed(text:str|list[str], names:dict[str, str]) -> str:

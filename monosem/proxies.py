@@ -93,8 +93,8 @@ def _share_of_parts(windows:TokenWindows, names:list[bytes], partial:list[int], 
         widths = [len(c.encode('utf-8', 'surrogateescape')) for c in chars]
         flag = np.repeat([inside(c) for c in chars], widths)
         ends = np.cumsum([len(p) for p in parts])
-        ink = np.array([len(p.lstrip()) for p in parts])
-        first = np.minimum(ends-ink, len(flag)-1)  # the byte after leading spaces
+        without_spaces = np.array([len(p.lstrip()) for p in parts])
+        first = np.minimum(ends-without_spaces, len(flag)-1)
         np.add.at(seen, row, 1)
         np.add.at(hits, row, flag[first])
     return hits/np.maximum(seen, 1)
@@ -104,7 +104,7 @@ def script_proxy(
     tokens:Integer[np.ndarray, 'n_windows pos'], # Token ids
     share:Float[np.ndarray, 'd_vocab'], # From `script_share`
 ) -> Float[np.ndarray, 'n_windows pos']: # Nats; -inf in a text without the script
-    "log P(script | token) / P(script), the latter the mean of the same heuristic."
+    "Log of: the token's share of the script over the mean share of all tokens."
     seen = share[tokens]
     if not seen.any(): return np.full(tokens.shape, -np.inf)
     p = np.maximum(seen, FLOOR)
@@ -172,15 +172,18 @@ def correlate(
 ) -> Correlations: # Pearson's r; NaN for a feature that never fires
     "Correlate every feature and neuron with every context in one pass."
     at, n_feats = fitting(model, sae, windows), sae.cfg.n_feats
-    use = np.stack([mask, *(targets & mask)])  # row 0 counts every token
+    # the first row counts every token
+    use = np.stack([mask, *(targets & mask)])
     sums = torch.zeros(len(use)+1, n_feats+at.d_in, dtype=torch.double)
-    shift = None  # a channel far from 0 keeps its digits
+    # subtract a first mean, so that large constants do not eat digits
+    shift = None
     for s in feature_pass(at, sae, windows, desc='selecting'):
         acts = s.acts.flatten(0, 1)
         if shift is None: shift = acts.mean(0)
         y = torch.as_tensor(use[:, s.rows]).flatten(1).float()
         x = torch.cat([s.features.flatten(0, 1), acts-shift], -1).cpu()
         sums[:-1] += y@x
+        # x is spent: its memory becomes its square
         sums[-1] += y[0]@x.square_()
     n, y = float(mask.sum()), (targets & mask).sum((1, 2))[:, None].astype(float)
     x, yx, xx = sums[0].numpy(), sums[1:-1].numpy(), sums[-1].numpy()

@@ -10,7 +10,7 @@ from monosem.features import FeatureStats, colored_text, logit_weights, restrict
 from monosem.proxies import (CONTEXTS, FLOOR, alphabet_proxy, in_kinds, n_carrying,
                              neuron_correlations, proxy, rivalry, script_share, unigram)
 from monosem.sae import SAE, SAEConfig
-from monosem.steering import (PATTERNS, PROMPT, dose_response, pin, push, share_in,
+from monosem.steering import (PATTERNS, PROMPT, dose_response, pin, push,
                               share_matching, shuffled_rows, write)
 
 
@@ -139,7 +139,9 @@ def test_doses_are_multiples_of_the_maximum(tok):
 
 
 def test_shares_of_a_pattern_count_what_it_matches():
-    assert share_matching('acgt acx', PATTERNS['dna']).tolist() == [6, 7]  # spaces are left out first
+    assert share_matching('acgt acx', PATTERNS['dna']).tolist() == [0, 7]  # a space ends a run
+    assert share_matching('acgtac acx\n', PATTERNS['dna']).tolist() == [6, 9]  # and is not counted
+    assert share_matching('a1 b\n2\t', '.*').tolist() == [4, 4]
     assert share_matching('ACGTac', PATTERNS['dna']).tolist() == [0, 6]    # one case at a time
     assert share_matching('', '.').tolist() == [0, 0]
     assert share_matching('0123456789abcdef', PATTERNS['base64']).tolist() == [16, 16]
@@ -168,10 +170,6 @@ def test_a_restricted_dictionary_has_the_features_asked_for_in_their_order():
     small = restrict(sae, [2, 0])
     assert torch.equal(small.encode(x), sae.encode(x)[:, [2, 0]]) and torch.equal(small.W_dec, sae.W_dec[[2, 0]])
     assert torch.equal(small.b_dec, sae.b_dec) and small.cfg.n_feats == 2 and small.cfg.l1 == .7 and small.origin == {'model': 'm'}
-
-
-def test_shares_count_characters_that_are_no_space():
-    assert share_in('a1 b\n2\t', str.isdigit).tolist() == [2., 4.] and share_in('', str.isdigit).tolist() == [0., 0.]
 
 
 def test_statistics_as_a_table():

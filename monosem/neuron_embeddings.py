@@ -171,7 +171,7 @@ def neurons_of(
     "The neurons of our own model, without hooks."
     @torch.no_grad()
     def read(tokens):
-        return layer_norm(model, mlp_acts(model, tokens)[0], 'layers.0.ln2')
+        return layer_norm(model, mlp_acts(model, tokens).resid, 'layers.0.ln2')
     w = weights(model)
     rows, bias = w['layers.0.mlp.fc_in.weight'], w['layers.0.mlp.fc_in.bias']
     return Units(name, rows.detach(), bias.detach(), read)

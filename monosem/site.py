@@ -119,7 +119,7 @@ class Documented(NamedTuple):
         others:Sequence[str]=(), # Names that share its source, methods among them
     ) -> str: # Markdown
         "A heading of the names, with an anchor for each of them and for each method."
-        anchors = ''.join(f'[]{{#{n.lower()}}}' for n in others)
+        anchors = ''.join(f'[]{{id="{n.lower()}"}}' for n in others)
         names = [self.name, *(n for n in others if '.' not in n)]
         return (f'{self.link}{{.api-source}}{anchors}\n\n'
                 f'### {" · ".join(names)} {{#{self.name.lower()} .api}}')
@@ -171,7 +171,8 @@ def _defined(cell:dict) -> list[str]:
 def _heading(names:list[str], docs:dict[str, Documented]) -> list[dict]:
     "What stands above a source that defines `names`: nothing, if none is documented."
     first = next((n for n in names if n in docs), None)
-    rest = [n for n in names if n != first and (n in docs or '.' in n)]
+    method = re.compile(r'\w+\.[a-z]\w*')
+    rest = [n for n in names if n != first and (n in docs or method.fullmatch(n))]
     return [] if first is None else [_markdown(docs[first].markdown(rest))]
 
 def _signature(doc:Documented, package:Path) -> str:

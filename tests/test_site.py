@@ -175,7 +175,7 @@ def test_a_symbol_is_explained_once(tmp_path):
              documented('A', 'm.a.A'), cell('markdown', '## F'), documented('f'), cell('code', 'f()'), documented('f', 'm.a.f')]
     got = [''.join(c['source']) for c in show_sources(cells, tmp_path)]
     link = '[source](https://x.example/blob/main/m/a.py#L3){.api-source}'
-    assert got == ['## A {#on-a}', f'{link}[]{{#g}}\n\n### A · g {{#a .api}}', source, '## F {#on-f}',
+    assert got == ['## A {#on-a}', f'{link}[]{{id="g"}}\n\n### A · g {{#a .api}}', source, '## F {#on-f}',
                    f"{link}\n\n### f {{#f .api}}\n\n```python\ndef f(a:str='é', # Any\n):\n```\n\n*What `f` is.*", 'f()']
 
 

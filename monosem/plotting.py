@@ -103,9 +103,13 @@ def lines(
                         mode='lines+markers' if len(table) < 40 else 'lines',
                         line=dict(dash=DASHES[i%6], color=COLORS[i%6]),
                         marker=dict(symbol=MARKERS[i%6]))
-    axis = lambda name, log: dict(title=name, type='log' if log else '-')
-    return fig.update_layout(title=wrapped(title), showlegend=len(ys) > 1,
-                             xaxis=axis(x_title, log_x), yaxis=axis(y_title, log_y))
+    _name_axes(fig, x_title, y_title, log_x, log_y)
+    return fig.update_layout(title=wrapped(title), showlegend=len(ys) > 1)
+
+def _name_axes(fig, x_title:str, y_title:str, log_x:bool, log_y:bool) -> None:
+    "Quantity and scale of both axes."
+    fig.update_xaxes(title=x_title, type='log' if log_x else '-')
+    fig.update_yaxes(title=y_title, type='log' if log_y else '-')
 
 # %% ../nbs/01_plotting.ipynb #c0000002
 def faint(
@@ -136,9 +140,8 @@ def curves(
         fig.add_scatter(x=x, y=[r.value for r in rows], name=name, mode='lines+markers',
                         line=dict(color=color, dash=DASHES[i%6]),
                         marker=dict(symbol=MARKERS[i%6], size=8), **group)
-    axis = lambda name, log: dict(title=name, type='log' if log else '-')
-    return fig.update_layout(title=wrapped(title), showlegend=len(groups) > 1,
-                             xaxis=axis(x_title, log_x), yaxis=axis(y_title, log_y))
+    _name_axes(fig, x_title, y_title, log_x, log_y)
+    return fig.update_layout(title=wrapped(title), showlegend=len(groups) > 1)
 
 def _check_finite(rows:dict, name:str) -> None:
     "Refuse estimates without a value or an interval."

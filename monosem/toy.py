@@ -498,6 +498,11 @@ class _Sets:
         self.density = _probabilities(density, _n_sets(n_feats, set_size), 'sets')
         self.n_inst, self.n_feats, self.set_size = len(self.density), n_feats, set_size
 
+    def _switched_on(self, batch:int, gen:torch.Generator) -> Tensor:
+        "Which sets are on: (n_inst, batch, n_sets)."
+        shape = (self.n_inst, batch, self.density.shape[1])
+        return torch.rand(shape, generator=gen) < self.density[:, None]
+
 class Correlated(_Sets):
     "Sets of features that are switched on and off together, with independent values."
     def sample(self,
@@ -505,8 +510,7 @@ class Correlated(_Sets):
         gen:torch.Generator, # Of the draws
     ) -> Float[Tensor, 'n_inst batch n_feats']: # Inputs
         "Draw a batch for every instance."
-        shape = (self.n_inst, batch, self.density.shape[1])
-        on = torch.rand(shape, generator=gen) < self.density[:, None]
+        on = self._switched_on(batch, gen)
         values = torch.rand(self.n_inst, batch, self.n_feats, generator=gen)
         return on.repeat_interleave(self.set_size, -1)*values
 
@@ -524,11 +528,10 @@ class Anticorrelated(_Sets):
         gen:torch.Generator, # Of the draws
     ) -> Float[Tensor, 'n_inst batch n_feats']: # Inputs
         "Draw a batch for every instance."
-        shape = (self.n_inst, batch, self.density.shape[1])
-        on = torch.rand(shape, generator=gen) < self.density[:, None]
-        member = torch.randint(self.set_size, shape, generator=gen)
+        on = self._switched_on(batch, gen)
+        member = torch.randint(self.set_size, on.shape, generator=gen)
         one = F.one_hot(member, self.set_size)
-        values = torch.rand(*shape, 1, generator=gen)
+        values = torch.rand(*on.shape, 1, generator=gen)
         return (on[..., None]*one*values).flatten(-2)
 
 # %% ../nbs/02_toy_models.ipynb #f7897c96

@@ -5,7 +5,8 @@ import plotly.graph_objects as go
 import pytest
 
 from monosem.core import Estimate
-from monosem.plotting import StoredFigure, estimates, histogram, lines
+from monosem.plotting import (StoredFigure, arrows, curves, estimates, faint, histogram, lines, matrices,
+                              matrices_over_bars, stacked_bars)
 from test_site import CHROME, needs_chrome
 
 SENTENCE = 'This figure needs plotly.js, which this page does not load.'
@@ -129,3 +130,67 @@ def test_only_a_page_without_plotly_shows_the_sentence(root, tmp_path, with_plot
         b.close()
     assert (SENTENCE in text) != with_plotly and (drawn > 0) == with_plotly
     assert top > 300  # either way the figure keeps its place
+
+
+def test_a_curve_lies_in_the_band_of_its_intervals():
+    points = {1.: Estimate(2., 1., 4., 9), 10.: Estimate(3., 2., 7., 9)}
+    fig = curves({'a': points, 'b': points}, 'A title', 'time', 'height', log_x=True)
+    band, line = fig.data[:2]
+    assert values(band, 'x', 'y') == [[1, 10, 10, 1], [4, 7, 2, 1]]  # out along the upper ends, back along the lower
+    assert values(line, 'x', 'y') == [[1, 10], [2, 3]]
+    assert (band.fill, band.mode, band.fillcolor) == ('toself', 'lines', faint(line.line.color))
+    assert (band.showlegend, line.name, fig.data[3].name) == (False, 'a', 'b')
+    assert line.line.dash != fig.data[3].line.dash
+    assert (fig.layout.xaxis.type, fig.layout.yaxis.type) == ('log', '-')
+    with pytest.raises(ValueError, match="NaN or infinite numbers for .10.0. in 'a'"):
+        curves({'a': points | {10.: Estimate(3., np.nan, 7., 9)}}, '', '', '')
+
+
+def test_arrows_go_from_the_origin_and_sets_share_a_look():
+    W = A([[1., 0., -1.], [0., 2., 0.]])
+    fig = arrows({str(i): W for i in range(5)}, 'A title', reach=2.5)
+    assert [values(t, 'x', 'y') for t in fig.data[:3]] == [[[0, 1], [0, 0]], [[0, 0], [0, 2]], [[0, -1], [0, 0]]]
+    assert len({t.line.color for t in fig.data[:3]}) == 3 and {t.line.dash for t in fig.data} == {'solid'}
+    assert len([a for a in fig.layout if a.startswith('xaxis')]) == 5  # no empty sixth panel
+    assert [a.text for a in fig.layout.annotations] == list('01234') and fig.data[-1].yaxis == 'y5'
+    assert fig.layout.xaxis4.range == (-2.5, 2.5) and fig.layout.yaxis4.scaleanchor == 'x4'
+    looks = [(t.line.color, t.line.dash, t.marker.symbol) for t in arrows({'a': W}, '', set_size=2).data]
+    assert looks[0] == looks[1] and all(a != b for a,b in zip(looks[0], looks[2]))
+    with pytest.raises(ValueError, match='shape .3, 2.'): arrows({'a': W.T}, '')
+    with pytest.raises(ValueError, match='no panel'): arrows({}, '')
+
+
+def test_matrices_share_one_scale_around_zero():
+    square, oblong = A([[1., -3.], [0., 2.]]), A([[1., 2., .5]])
+    fig = matrices({'a': square, 'b': oblong}, 'A title', 'cosine', 'column', 'row')
+    scale = fig.layout.coloraxis
+    assert (scale.cmin, scale.cmax, scale.colorbar.title.text) == (-3, 3, 'cosine')
+    assert [values(t, 'z')[0] for t in fig.data] == [square.tolist(), oblong.tolist()]
+    assert fig.layout.yaxis.scaleanchor == 'x' and fig.layout.yaxis2.scaleanchor is None
+    assert fig.layout.yaxis.autorange == 'reversed' and fig.layout.yaxis.title.text == 'row'
+    assert matrices({'a': square}, '', '', reach=5.).layout.coloraxis.cmax == 5
+
+
+def test_bars_and_stacks_hold_lengths_and_shades():
+    lengths, shades = A([[1., .5], [0., 2.]]), A([[0., 1.], [.5, 3.]])
+    M = A([np.eye(2), -np.eye(2)])
+    fig = matrices_over_bars(M, lengths, shades, ['a', 'b'], 'A title')
+    assert [t.type for t in fig.data] == ['heatmap', 'bar']*2
+    assert values(fig.data[2], 'z')[0] == (-np.eye(2)).tolist() and values(fig.data[3], 'x')[0] == [0, 2]
+    assert list(fig.data[3].marker.color) == [.5, 3] and fig.data[3].orientation == 'h'
+    assert (fig.layout.coloraxis.cmin, fig.layout.coloraxis2.cmin) == (-1, 0)
+    with pytest.raises(ValueError, match='1 panels of shades and 2 names'):
+        matrices_over_bars(M, lengths, shades[:1], ['a', 'b'], '')
+    stack = stacked_bars(lengths, shades, ['a', 'b'], 'A title', 'model', 'norms')
+    assert [values(t, 'y')[0] for t in stack.data[:2]] == [[1, 0], [.5, 2]]  # a trace per part
+    assert stack.data[0].marker.color[0] != stack.data[1].marker.color[0]
+    assert stack.layout.barmode == 'stack' and stack.layout.xaxis.title.text == 'model'
+    with pytest.raises(ValueError, match='1 names'): stacked_bars(lengths, shades, ['a'], '', '', '')
+
+
+def test_a_long_title_is_broken_when_a_figure_is_stored():
+    bundle = StoredFigure().to_mimebundle(go.Figure(layout_title='word '*30).to_dict())
+    text = bundle['application/vnd.plotly.v1+json']['layout']['title']['text']
+    assert max(map(len, text.split('<br>'))) <= 72 and text.replace('<br>', ' ') == ('word '*30).strip()
+    kept = StoredFigure().to_mimebundle(go.Figure(layout_title='x'*80+'<br>y').to_dict())
+    assert kept['application/vnd.plotly.v1+json']['layout']['title']['text'] == 'x'*80+'<br>y'

@@ -38,7 +38,7 @@ from mutmut.mutation import mutators
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT/'runs/mutants'
-MODULES = '''core checkpoints planted corpus tokens transformer hooked activations sae kernels training
+MODULES = '''core checkpoints planted corpus tokens transformer hooked activations sae active kernels training
              resampling evaluation features proxies steering'''.split()
 HEAVY = '''torch numba pandas plotly.graph_objects scipy.stats scipy.optimize hypothesis
            beartype jaxtyping transformer_lens nbdev.showdoc IPython.display'''

@@ -23,11 +23,10 @@ from torch import Tensor
 from .activations import as_stream
 from .checkpoints import Checkpoints, StopSignals, pack_weights, unpack_weights
 from .core import Config, check, progress, ramp, replacing
-from .kernels import DensitySwitch, Gradients, dense_gradients
+from .kernels import DensitySwitch, dense_gradients, update
 from .parallel import (SharedGradients, agree, any_process, n_processes,
                               process_number)
-from .sae import (SAE, SAEConfig, geometric_median, normalize_decoder,
-                         remove_parallel_gradient)
+from .sae import SAE, SAEConfig, geometric_median
 
 # %% ../nbs/07_training.ipynb #a807158f
 def step(
@@ -44,18 +43,8 @@ def step(
     check(abs(parts['total']) < float('inf'), f'a loss of {parts["total"]}',
           'a finite loss', 'look at the batch, or lower the learning rate',
           FloatingPointError)
-    _set_gradients(sae, out)
-    remove_parallel_gradient(sae)
-    if clip: torch.nn.utils.clip_grad_norm_(sae.parameters(), clip)
-    opt.step()
-    normalize_decoder(sae)
+    update(sae, opt, out, clip)
     return parts, out.fired
-
-def _set_gradients(sae:SAE, out:Gradients) -> None:
-    "In the weights' own layout: a fused optimiser goes through both in memory order."
-    for name, p in sae.named_parameters():
-        g = getattr(out, name)
-        p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
 
 # %% ../nbs/07_training.ipynb #56d9d92c
 @dataclass(frozen=True)

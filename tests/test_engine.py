@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 from monosem.activations import ActivationStore, ActivationStream, StreamConfig, store_activations
 from monosem.checkpoints import Checkpoints, differences, load_checkpoint, save_checkpoint
 from monosem.tokens import TokenWindows
-from monosem.kernels import DensitySwitch, active_set, dense_gradients, exact_loss, sparse_gradients
+from monosem.active import PRODUCTS, Screen, _Search, able, active_set, encoder_of, fastest, screen_for
+from monosem.kernels import DensitySwitch, dense_gradients, exact_loss, plain_update, sparse_gradients, update
 from monosem.resampling import ResampleConfig, Resampler
 from monosem.sae import SAE, SAEConfig, sae_loss
 from monosem.planted import planted
@@ -61,6 +63,161 @@ def test_the_active_set_is_that_of_the_encoder():
     f = torch.zeros(17, 333)
     for b in range(17): f[b, index[start[b]:start[b+1]]] = torch.from_numpy(value[start[b]:start[b+1]])
     assert torch.allclose(f, sae.encode(x), atol=1e-5) and all((np.diff(index[start[b]:start[b+1]]) > 0).all() for b in range(17))
+
+
+WAYS_TO_SEARCH = [Screen(p) for p in able()]
+
+
+def _bits(found): return [a.tobytes() for a in found]
+
+
+@settings(max_examples=80, deadline=None)
+@given(d=st.integers(1, 90), n=st.integers(1, 150), b=st.integers(1, 40), log_x=st.floats(-25, 15), log_w=st.floats(-10, 10), shift=st.sampled_from([-1e3, -3., -.5, 0., 1.]),
+       signed=st.booleans(), tile=st.sampled_from([1, 7, 512]), seed=st.integers(0, 99))
+def test_no_way_of_searching_misses_an_entry_and_all_have_the_same_bits(d, n, b, log_x, log_w, shift, signed, tile, seed):
+    "Over scales and densities, with empty vectors, dead features, and biases that put pre-activations next to zero."
+    gen = np.random.default_rng(seed)
+    sae, x = _example(d, n, b, 0., seed)
+    with torch.no_grad():
+        x = (x if signed else x.relu())*10**log_x
+        x[gen.random(b) < .2] = 0.
+        sae.W_enc *= 10**log_w
+        sae.W_enc[:, gen.random(n) < .1] = 0.
+        size = float(x.norm(dim=1).mean()*sae.W_enc.norm(dim=0).mean())
+        sae.b_dec.zero_()
+        sae.b_enc.copy_(torch.from_numpy(gen.standard_normal(n))*.1*size+shift*size)
+        edge = gen.random(n) < .5  # zero on one of the vectors, up to what float32 can tell
+        at = (x.double()@sae.W_enc.double())[gen.integers(0, b, n), np.arange(n)]
+        sae.b_enc[edge] = (-at*(1+gen.standard_normal(n)*3e-7))[edge].float()
+        pre = x.double()@sae.W_enc.double()+sae.b_enc.double()
+        rounding = (d+64)*2.**-22*(x.double().norm(dim=1)[:, None]*sae.W_enc.double().norm(dim=0)+sae.b_enc.double().abs())+1e-37
+    found = [active_set(sae, x, tile, screen) for screen in WAYS_TO_SEARCH]
+    kept = found[0].matrix(n).toarray() > 0
+    assert kept[(pre > rounding).numpy()].all() and not kept[(pre < -rounding).numpy()].any()
+    assert all(_bits(f) == _bits(found[0]) for f in found[1:])
+    assert all((np.diff(found[0].index[s:e]) > 0).all() for s, e in zip(found[0].start, found[0].start[1:]))
+
+
+@pytest.mark.parametrize('d', [3, 64, 512])
+@pytest.mark.parametrize('number', [1+2**-8, 1-2**-9, 1.5+2**-8, 127.5, 63.5])
+@pytest.mark.parametrize('signs', [1, -1])
+def test_the_bound_holds_where_every_error_has_the_same_sign(d, number, signs):
+    "Numbers half way between two that a product knows; the bias leaves the sum a little above zero."
+    sae = SAE(SAEConfig(d, 4)).requires_grad_(False)
+    x = torch.full((2, d), float(number))
+    x[1, ::2], x[:, 0] = signs*number, 127.  # 127 sets the step of eight bits
+    sae.W_enc.copy_(x[1][:, None].expand(d, 4))
+    pre = (x.double()@sae.W_enc.double()).numpy()
+    sae.b_dec.zero_()
+    sae.b_enc.copy_(torch.from_numpy(-pre[1]*(1-2.**-16)))
+    kept = [active_set(sae, x, screen=s).matrix(4).toarray()[1] for s in WAYS_TO_SEARCH]
+    assert all((k > 0).all() and np.array_equal(k, kept[0]) for k in kept)
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf, 1e-42, 3e38])
+@pytest.mark.parametrize('where', ['x', 'W_enc', 'b_enc'])
+def test_strange_numbers_are_found_alike_in_every_way(where, value):
+    sae, x = _example(20, 60, 9, -.5, 0)
+    with torch.no_grad():
+        if where == 'x': x[3] = value
+        elif where == 'W_enc': sae.W_enc[:, 7] = value
+        else: sae.b_enc[7] = value
+    found = [active_set(sae, x, screen=s) for s in WAYS_TO_SEARCH]
+    assert all(_bits(f) == _bits(found[0]) for f in found[1:])
+    assert not np.isnan(found[0].value).any() and (found[0].value > 0).all()
+
+
+def test_an_active_set_does_not_depend_on_the_number_of_threads_or_the_batch():
+    sae, x = _example(64, 500, 700, -1., 0)
+    n = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = [active_set(sae, x, screen=s) for s in WAYS_TO_SEARCH]
+        torch.set_num_threads(2)
+        two = [active_set(sae, x, screen=s) for s in WAYS_TO_SEARCH]
+    finally: torch.set_num_threads(n)
+    alone = active_set(sae, x[123:124])
+    assert all(_bits(a) == _bits(one[0]) for a in one+two)
+    s, e = one[0].start[123:125]
+    assert alone.value.tobytes() == one[0].value[s:e].tobytes()
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_other_number_types_are_searched_plainly(dtype):
+    sae, x = _example(12, 40, 17, -.3, 0, dtype)
+    found, f = active_set(sae, x, 5), sae.encode(x).detach()
+    assert np.allclose(found.matrix(40).toarray(), f.to(torch.promote_types(dtype, torch.float32)).numpy(), atol=.02 if dtype == torch.bfloat16 else 1e-12)
+    assert np.array_equal(found.row, np.repeat(np.arange(17), np.diff(found.start))) and (dtype == torch.bfloat16 or np.array_equal(found.row, (f > 0).nonzero()[:, 0].numpy()))
+
+
+def test_a_search_gives_up_a_product_that_finds_too_much():
+    "With half of all features near zero, tiles after the first go the plain way."
+    sae, x = _example(64, 400, 600, 0., 0)
+    counts = {}
+    for limit in (0., np.inf):
+        search = _Search(encoder_of(sae), Screen('bfloat16', limit), 100)
+        for rows in x.split(100): search(rows.numpy())
+        counts[limit] = search.n_candidates
+    plain = _Search(encoder_of(sae), Screen(), 100)
+    for rows in x.split(100): plain(rows.numpy())
+    assert plain.n_candidates < counts[0.] < counts[np.inf] and plain.n_active == search.n_active
+
+
+def test_a_slow_product_is_not_chosen_and_a_forced_one_is_taken(monkeypatch):
+    class Slow(PRODUCTS['bfloat16']):
+        def __call__(self, x):
+            time.sleep(.02)
+            return super().__call__(x)
+    monkeypatch.setattr('monosem.active.able', lambda: ('float32', 'bfloat16'))
+    monkeypatch.setitem(PRODUCTS, 'bfloat16', Slow)
+    fastest.cache_clear()
+    try: assert fastest(30, 50, 1) == Screen()
+    finally: fastest.cache_clear()
+    monkeypatch.setenv('MONOSEM_SCREEN', 'bfloat16')
+    assert screen_for(30, 50) == Screen('bfloat16')
+    monkeypatch.setenv('MONOSEM_SCREEN', 'int8')
+    with pytest.raises(RuntimeError, match='int8.*no such exact product.*bfloat16.*float32'): screen_for(30, 50)
+    monkeypatch.setenv('MONOSEM_SCREEN', 'int4')
+    with pytest.raises(ValueError, match="MONOSEM_SCREEN='int4'.*int8"): screen_for(30, 50)
+    monkeypatch.setenv('MONOSEM_SCREEN', '')
+    assert screen_for(30, 50, 100) == Screen()
+
+
+def _moved(way, clip, opt_class=torch.optim.Adam, relayout=False, n_steps=200, **how):
+    "A dictionary after steps on batches of its own gradients' making; half of its features never fire."
+    sae, x = _example(24, 60, 50, -.3, 1)
+    with torch.no_grad(): sae.b_enc[30:] = -100.
+    if relayout: sae.W_enc.data = sae.W_enc.data.contiguous()
+    guide, opt = _example(24, 60, 50, -.3, 1)[0], opt_class(sae.parameters(), lr=1e-2, **how)
+    with torch.no_grad(): guide.b_enc[30:] = -100.
+    for i in range(n_steps): way(sae, opt, sparse_gradients(guide, _random(50, 24, seed=i), .3), clip)
+    return sae
+
+
+@pytest.mark.parametrize('clip', [0., .2, 1e6])
+def test_the_fused_update_is_torchs_to_a_millionth(clip):
+    for p, q in zip(_moved(update, clip).parameters(), _moved(plain_update, clip).parameters()): assert (p-q).norm() <= 1e-6*q.norm()
+
+
+@pytest.mark.parametrize('how', [dict(opt_class=torch.optim.SGD), dict(weight_decay=.1), dict(amsgrad=True), dict(relayout=True), dict(maximize=True)])
+def test_other_optimisers_and_layouts_go_the_plain_way(how):
+    for p, q in zip(_moved(update, .2, n_steps=5, **how).parameters(), _moved(plain_update, .2, n_steps=5, **how).parameters()): assert torch.allclose(p, q, atol=1e-6)
+
+
+def test_an_update_keeps_the_decoders_rows_at_norm_one():
+    assert torch.allclose(_moved(update, .2).W_dec.norm(dim=1), torch.ones(60), atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(b=st.integers(1, 700), n=st.integers(1, 60), bytes_=st.sampled_from([1, 300, 5000, 2**20]), seed=st.integers(0, 9))
+def test_the_tile_of_the_sums_changes_rounding_only(b, n, bytes_, seed):
+    sae, x = _example(9, n, b, -.2, seed)
+    want = sparse_gradients(sae, x, .3)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('monosem.kernels._weight_sums.__defaults__', (bytes_,))
+        got = sparse_gradients(sae, x, .3)
+    assert torch.equal(got.fired, want.fired)
+    for a, c in zip(got[2:], want[2:]): assert (a-c).norm() <= 2e-6*c.norm()+1e-7
 
 
 def test_one_step_is_the_same_in_both_ways_and_by_autograd():

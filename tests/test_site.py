@@ -10,7 +10,7 @@ CHROME = os.environ.get('CHROME') or shutil.which('chromium') or shutil.which('g
 if os.environ.get('CI') and not CHROME: raise RuntimeError('no Chromium in CI; expected one on the PATH or in $CHROME; .ci/run installs it')
 needs_chrome = pytest.mark.skipif(not CHROME, reason='no Chromium on the PATH or in $CHROME: the page tests did not run')
 PAGES = ['index', 'toy_models', 'phases', 'geometry', 'dynamics', 'adversaries', 'computation', 'memorisation', 'recovery', 'corpus', 'sources', 'tokens', 'transformer', 'hooked', 'activations', 'sae', 'training', 'resampling', 'evaluation', 'features', 'proxies', 'steering', 'neuron_embeddings', 'one_meaning', 'mnist',
-         'kernels', 'gpu_kernels', 'parallel', 'reproduce', 'cli', 'core', 'checkpoints', 'planted', 'plotting', 'site']
+         'active', 'kernels', 'gpu_kernels', 'parallel', 'reproduce', 'cli', 'core', 'checkpoints', 'planted', 'plotting', 'site']
 
 
 @pytest.fixture(scope='module')

@@ -40,7 +40,7 @@ docs: .venv/done ## render the site to _docs/
 	@$(BIN)/python -m monosem site
 
 bench: .venv/done ## measure against peers (benchmarks/*.json)
-	@for b in benchmarks/*.py; do $(BIN)/python $$b; done
+	@for b in sae toy transformer; do $(BIN)/python benchmarks/$$b.py; done  # gpu.py wants a GPU
 
 results: .venv/done ## write nbs/results: the flagged cells of the notebooks, and runs/small
 	@for n in $$(grep -l '#| slow' nbs/*.ipynb); do $(BIN)/nbdev-test $$n --flags slow --save --n-workers 1 --timing --cell-timeout 0 || exit 1; done; $(BIN)/nbdev-clean

@@ -1,4 +1,5 @@
 """Training a dictionary: monosem beside SAELens, dictionary_learning and a plain PyTorch loop, each in a process of its own, one at a time, in turns.
+SAELens and dictionary_learning run in float32 and, where a plan says so, with their own mixed precision (bf16); two matrix products, in float32 and in bf16, are the limits.
 Run: python benchmarks/sae.py [--only step|run] [--n-feats 4096 ...] [--quick]. $MONOSEM_PEERS names a virtual environment that has the peers; without it one is made in benchmarks/.peers/."""
 import argparse, json, os, platform, statistics, subprocess, sys
 from pathlib import Path
@@ -10,12 +11,17 @@ CACHE, WORKER, OUT = HERE/'.peers', HERE/'workers/sae.py', HERE/'sae.json'
 PINS = 'sae-lens==6.54.12', 'python-socketio[client]', 'pillow'  # the last two are what dictionary-learning's imports need of nnsight's requirements
 NO_DEPS = 'dictionary-learning==0.1.0', 'nnsight==0.3.7'         # their requirements would replace torch
 OURS, PEERS = 'monosem', ('plain', 'SAELens', 'dictionary_learning')
-LOCAL = OURS, 'plain', 'product'  # run in this environment, the rest in the peers'
+LIMITS = 'product', 'product bf16'
+MIXED = {p: f'{p} bf16' for p in ('SAELens', 'dictionary_learning')}  # the same libraries, their mixed precision on
+LOCAL = OURS, 'plain', *LIMITS  # run in this environment, the rest in the peers'
+INSTRUCTIONS = ('avx2', 'fma', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'avx512_fp16', 'avx_vnni', 'amx_tile', 'amx_bf16', 'amx_int8',
+                'asimd', 'sve', 'bf16', 'i8mm')  # of /proc/cpuinfo: those that decide how fast products are
 D_IN = 512
 FULL = dict(vectors=2_097_152, held=4096, corpus='core', budget=None,
             step=[(n, batch, l0) for n in (4096, 16384) for batch in (4096, 8192) for l0 in (20, 50, 200, 1000, n//2)], rounds={4096: 9, 16384: 5}, seconds=.5,
+            mixed=[(4096, 4096, l0) for l0 in (20, 50, 200)], mixed_rounds=3,  # few: a processor without bf16 products takes eight times as long
             run=[(4096, 4096)], repeats={4096: 1}, every=16, rates=(1e-3, 3e-3, 1e-2))
-QUICK = dict(vectors=81_920, held=1024, corpus='mini', budget=400_000, step=[(1024, 2048, l0) for l0 in (20, 512)], rounds={1024: 3}, seconds=.05,
+QUICK = dict(vectors=81_920, held=1024, corpus='mini', budget=400_000, step=[(1024, 2048, l0) for l0 in (20, 512)], rounds={1024: 3}, seconds=.05, mixed=[(1024, 2048, 20)], mixed_rounds=2,
              run=[(1024, 2048)], repeats={1024: 1}, every=4, rates=(1e-3, 1e-2))
 NEVER = 'never'
 
@@ -105,9 +111,9 @@ class Workers:
     def __exit__(self, *_):
         for w in self.all.values(): w.__exit__()
 
-    def ask(self, turn, **order):
+    def ask(self, turn, leave_out=(), **order):
         "Ask everyone the same, the first one another at each turn."
-        names = list(self.all)
+        names = [n for n in self.all if n not in leave_out]
         k = turn % len(names)
         return {n: self.all[n].ask(**order) for n in names[k:]+names[:k]}
 
@@ -124,28 +130,46 @@ def counts(n_feats, batch, l0, sparse):
     product, weights, matrix, rows = 2*batch*D_IN*n_feats, 4*D_IN*n_feats, 4*batch*n_feats, 4*batch*D_IN
     flops = round(product + 8*batch*l0*D_IN) if sparse else 5*product
     entries = round(batch*l0*(24+4*4*D_IN)) if sparse else 0
-    return dict(flops=dict(product=product, monosem=flops, plain=6*product), bytes=dict(product=rows+weights+matrix, monosem=31*weights+entries+6*rows, plain=54*weights+17*matrix+20*rows))
+    return dict(flops=dict(product=product, monosem=flops, plain=6*product), bytes=dict(product=rows+weights+matrix, product_reads=rows+weights, monosem=31*weights+entries+6*rows, plain=54*weights+17*matrix+20*rows))
 
 
 def measure_step(plan, folder, n_feats, batch, l0):
-    "Seconds of one step at a density, in turns."
-    seconds, encode, memory = {}, [], {}
-    with Workers((OURS, *PEERS, 'product')) as workers:
+    "Seconds of one step at a density, in turns; those that compute in bf16 take part in the first rounds only."
+    setting, seconds, encode, memory = (n_feats, batch, l0), {}, [], {}
+    peers = *PEERS, *(MIXED.values() if setting in plan['mixed'] else ())
+    slow = *MIXED.values(), 'product bf16'
+    with Workers((OURS, *peers, *LIMITS)) as workers:
         versions = {k: v for w in workers.all.values() for k,v in w.versions.items()}
         found = workers.ask(0, do='prepare', data=folder/'train.f16', n_feats=n_feats, batch=batch, l0=l0)
         active = [a['l0'] for a in found.values() if a['l0'] is not None]
         if max(active)-min(active) > .01*l0: raise ValueError(f'got L0 of {active}; expected the same for all; compare how the weights are loaded.')
         for r in range(plan['rounds'][n_feats]):
-            for name, a in workers.ask(r, do='turn', seconds=plan['seconds']).items():
+            for name, a in workers.ask(r, slow if r >= plan['mixed_rounds'] else (), do='turn', seconds=plan['seconds']).items():
                 seconds.setdefault(name, []).append(a['seconds'])
                 memory[name] = dict(baseline_mb=round(a['baseline_mb']), peak_mb=round(a['peak_mb']))
                 if name == OURS: encode.append(a['encode'])
     s = {k: np.array(v) for k,v in seconds.items()}
-    sparse = active[0]/n_feats < .09
-    return versions, dict(n_feats=n_feats, batch=batch, l0=l0, l0_measured=round(active[0], 1), rounds=len(encode), seconds={k: middle(v, 4) for k,v in s.items()},
-                          ratio={p: middle(s[p]/s[OURS]) for p in PEERS}, encoder_share=middle(np.array(encode)/s[OURS]), of_limit=middle(s['product']/s[OURS]),
-                          limit_gflops=middle(counts(n_feats, batch, l0, sparse)['flops']['product']/s['product']/1e9, 0), memory_mb={k: v for k,v in memory.items() if k != 'product'},
-                          **counts(n_feats, batch, active[0], sparse))
+    over = lambda name: s[name]/s[OURS][:len(s[name])]  # by paired rounds
+    counted = counts(n_feats, batch, active[0], active[0]/n_feats < .09)
+    gflops = lambda name: middle(counted['flops']['product']/s[name]/1e9, 0)
+    ratio = {p: middle(over(p)) for p in peers}
+    return versions, dict(n_feats=n_feats, batch=batch, l0=l0, l0_measured=round(active[0], 1), rounds={k: len(v) for k,v in s.items()},
+                          seconds={k: middle(v, 4) for k,v in s.items()}, ratio=ratio, best=best_settings(ratio),
+                          encoder_share=middle(np.array(encode)/s[OURS]), rest=rest(counted, s[OURS]-encode),
+                          of_limit=middle(over('product')), limit_gflops=gflops('product'), of_limit_bf16=middle(over('product bf16')), limit_bf16_gflops=gflops('product bf16'),
+                          memory_mb={k: v for k,v in memory.items() if k not in LIMITS}, **counted)
+
+
+def best_settings(ratio):
+    "Each peer's faster setting, where both were measured: its name, and how many times longer than ours it takes."
+    pairs = {p: min((p, mixed), key=lambda name: ratio[name][0]) for p,mixed in MIXED.items() if mixed in ratio}
+    return {p: dict(setting=name, ratio=ratio[name]) for p,name in pairs.items()}
+
+
+def rest(counted, seconds):
+    "Our step without the encoder's product: operations, bytes (without the inputs and weights that the product reads), and the rates at which it gets through them."
+    flops, size = (counted[k][OURS]-counted[k][part] for k,part in (('flops', 'product'), ('bytes', 'product_reads')))
+    return dict(seconds=middle(seconds, 4), flops=flops, bytes=size, gflops=middle(flops/seconds/1e9, 1), gb_per_s=middle(size/seconds/1e9, 1))
 
 
 def reach(curve, loss):
@@ -165,12 +189,13 @@ def choose_rates(plan, folder, start, n_feats, batch):
                 losses.setdefault(name, {})[lr] = round(a['loss'], 2)
                 print(f'    learning rate {lr:g} of {name}: loss {a["loss"]:.1f}, L0 {a["l0"]:.1f} after {n_steps} steps, {a["seconds"]:.0f} s', flush=True)
     best = {n: min(v, key=v.get) for n,v in losses.items()}
-    return {n: best.get(n, best[OURS]) for n in (OURS, *PEERS)}, losses
+    rates = {n: best.get(n, best[OURS]) for n in (OURS, *PEERS)}
+    return rates | {mixed: rates[p] for p,mixed in MIXED.items()}, losses
 
 
-def one_run(plan, folder, start, n_feats, batch, turn, rates):
+def one_run(plan, folder, start, n_feats, batch, turn, rates, peers):
     "All libraries trained from the same start on the same batches, a few batches at a time in turns."
-    names = OURS, *PEERS
+    names = OURS, *peers
     names = names[turn % len(names):]+names[:turn % len(names)]
     n_steps, curves = plan['vectors']//batch, {n: [] for n in names}
     with Workers(names) as workers:
@@ -184,12 +209,20 @@ def one_run(plan, folder, start, n_feats, batch, turn, rates):
     return versions, curves, {n: dict(baseline_mb=round(a['baseline_mb']), peak_mb=round(a['peak_mb'])) for n,a in answers.items()}
 
 
+def faster_in_bf16(plan):
+    "The mixed settings that were a peer's best in a step measured before, on this machine: they train a whole run, too."
+    rows = json.loads(plan['path'].read_text()).get('step', []) if plan['path'].exists() else []
+    found = {b['setting'] for row in rows for b in row.get('best', {}).values()}
+    return [mixed for mixed in MIXED.values() if mixed in found]
+
+
 def measure_run(plan, folder, n_feats, batch):
     "Seconds until the held-out loss is what the slowest peer ends at."
     start, ratios, whole, common, reached, runs = starting_weights(folder, n_feats, batch), {}, {}, {}, {}, []
     rates, tried = choose_rates(plan, folder, start, n_feats, batch)
+    peers = *PEERS, *faster_in_bf16(plan)
     for r in range(plan['repeats'][n_feats]):
-        versions, curves, memory = one_run(plan, folder, start, n_feats, batch, r, rates)
+        versions, curves, memory = one_run(plan, folder, start, n_feats, batch, r, rates, peers)
         runs.append(curves)
         slowest = max(PEERS, key=lambda n: curves[n][-1]['seconds'])
         target = curves[slowest][-1]['loss']
@@ -201,7 +234,7 @@ def measure_run(plan, folder, n_feats, batch):
             whole.setdefault(n, []).append(c[-1]['seconds']/curves[OURS][-1]['seconds'])
             if ours and row: ratios.setdefault(n, []).append(row['seconds']/ours['seconds'])
     last = runs[-1]
-    return versions, dict(n_feats=n_feats, batch=batch, vectors=plan['vectors'], repeats=len(runs), rates=rates, rates_tried=tried, slowest=slowest, target_loss=round(target, 3),
+    return versions, dict(n_feats=n_feats, batch=batch, vectors=plan['vectors'], repeats=len(runs), rates={n: rates[n] for n in (OURS, *peers)}, rates_tried=tried, slowest=slowest, target_loss=round(target, 3),
                           seconds={n: middle([c[n][-1]['seconds'] for c in runs], 1) for n in last}, end={n: {k: c[-1][k] for k in ('loss', 'mse', 'l1', 'l0')} for n,c in last.items()},
                           reached={n: dict(step=rows[-1]['step'], l0=rows[-1]['l0'], loss=rows[-1]['loss'], seconds=middle([x['seconds'] for x in rows if x], 1)) if rows[-1] else NEVER for n,rows in reached.items()},
                           common_loss=round(worst, 3), common={n: dict(step=rows[-1]['step'], l0=rows[-1]['l0'], seconds=middle([x['seconds'] for x in rows], 1)) for n,rows in common.items()},
@@ -212,10 +245,20 @@ def measure_run(plan, folder, n_feats, batch):
 # -- what is told
 
 def machine():
-    "The computer, without a date."
+    "The computer, without a date: its processor, the instruction sets that decide how fast products are, its caches."
+    import torch
     info = Path('/proc/cpuinfo')
-    model = next((l.split(':')[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')), '') if info.exists() else ''
-    return dict(processor=model or platform.processor() or platform.machine(), cores=os.cpu_count(), threads=2, python=platform.python_version())
+    lines = dict(reversed([[p.strip() for p in l.split(':', 1)] for l in info.read_text().splitlines() if ':' in l])) if info.exists() else {}  # of the first core
+    flags = set(lines.get('flags', lines.get('Features', '')).split())
+    return dict(processor=lines.get('model name') or platform.processor() or platform.machine(), cores=os.cpu_count(), threads=2,
+                instructions=[k for k in INSTRUCTIONS if k in flags], torch_uses=torch.backends.cpu.get_cpu_capability(), caches=caches(), python=platform.python_version())
+
+
+def caches():
+    "Sizes of the first core's caches, as far as the system tells: L1, L2, L3."
+    read = lambda p: p.read_text().strip()
+    found = [p for p in sorted(Path('/sys/devices/system/cpu/cpu0/cache').glob('index*')) if (p/'size').exists() and read(p/'type') != 'Instruction']
+    return {f'L{read(p/"level")}': read(p/'size') for p in found}
 
 
 def store(path, section, row, versions):
@@ -234,7 +277,8 @@ over = lambda m: f'{m["peak_mb"]-m["baseline_mb"]}/{m["peak_mb"]}'
 def tell_step(row):
     print(f"{row['n_feats']:>6} features, batch {row['batch']}, L0 {row['l0_measured']:g}: {row['seconds'][OURS][0]*1000:.0f} ms a step; slower by "
           + ', '.join(f'{p} {span(v)}' for p,v in row['ratio'].items())
-          + f"; encoder {row['encoder_share'][0]:.0%} of the step, {row['of_limit'][0]:.0%} of the limit of {row['limit_gflops'][0]:g} GFLOP/s; memory over the baseline/in all, MB: "
+          + f"; encoder {row['encoder_share'][0]:.0%} of the step, the rest at {row['rest']['gflops'][0]:g} GFLOP/s and {row['rest']['gb_per_s'][0]:g} GB/s"
+          + f"; a product takes {row['of_limit'][0]:.0%} of the step in float32 ({row['limit_gflops'][0]:g} GFLOP/s), {row['of_limit_bf16'][0]:.0%} in bf16 ({row['limit_bf16_gflops'][0]:g}); memory over the baseline/in all, MB: "
           + ', '.join(f'{n} {over(m)}' for n,m in row['memory_mb'].items()), flush=True)
 
 
@@ -256,6 +300,7 @@ def main():
     args = ask.parse_args()
     CACHE.mkdir(exist_ok=True)
     plan, path = (QUICK, CACHE/'quick.json') if args.quick else (FULL, OUT)
+    plan = plan | dict(path=path)
     peers_python()
     folder = harvest(plan)
     for section, measure, tell in (('step', measure_step, tell_step), ('run', measure_run, tell_run)):

@@ -8,6 +8,7 @@ Docs: https://monosem.github.io/monosem/gpu_kernels.html.md"""
 __all__ = ['sparse_gradients_gpu']
 
 # %% ../nbs/06b_gpu_kernels.ipynb #e09411ed
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple, no_type_check
 
@@ -135,12 +136,16 @@ def sparse_gradients_gpu(
     x:Float[Tensor, 'batch d_in'], # Activations
     l1:float, # Coefficient lambda >= 0
     tile:int|None=None, # Vectors whose pre-activations are kept at a time; None: 512 MB
+    screen:str|None=None, # 'bfloat16': look for what fired in it, see *Screening*
 ) -> Gradients: # The same as `dense_gradients`, up to the order of sums
     "One matrix product, then Triton sums what fired; exact, the same in every run."
+    check(screen in (None, 'bfloat16'), f'screen={screen!r}', "None or 'bfloat16'",
+          'use None for a product in float32')
     decode, weights = _ready(sae, x)
     x, (batch, d_in), n_feats = x.contiguous(), x.shape, sae.cfg.n_feats
     W, b = sae.W_dec.detach().contiguous(), sae.b_dec.detach().contiguous()
-    row, index, value = _positive_entries(sae, x, tile or max(1, 2**27//n_feats))
+    entries_of = _screened_entries if screen else _positive_entries
+    row, index, value = entries_of(sae, x, tile or max(1, 2**27//n_feats))
     start, first = _offsets(row, batch), _offsets(index, n_feats)
     entry = index.int().sort(stable=True).indices
     delta, g, mse = torch.empty_like(x), torch.empty_like(value), x.new_empty(batch)
@@ -168,3 +173,106 @@ def _ready(sae:SAE, x:Tensor) -> tuple:
           "move both with .to('cuda'), use sparse_gradients, or set TRITON_INTERPRET=1 "
           'before triton is imported to try the kernels slowly')
     return decode, weights
+
+# %% ../nbs/06b_gpu_kernels.ipynb #5c4e0002
+class _Rounded(NamedTuple):
+    "Vectors in bfloat16, and what bounds the effect of rounding them."
+    rows: Tensor  # (n, d_in) bfloat16
+    norm: Tensor  # (n,) float64 norm before rounding
+    error: Tensor # (n,) float64 norm of what rounding took away
+
+def _rounded(
+    x:Float[Tensor, 'n d_in'], # Vectors in float32
+) -> _Rounded: # With norms that neither overflow nor underflow
+    "Round to nearest."
+    rows = x.bfloat16()
+    norm, error = (torch.linalg.vector_norm(v, dim=1, dtype=torch.float64)
+                   for v in (x, x-rows))
+    return _Rounded(rows, norm, error)
+
+# %% ../nbs/06b_gpu_kernels.ipynb #5c4e0006
+@lru_cache
+@no_type_check # as above
+def _screening():
+    "The kernels that find candidates and compute them again."
+    triton, tl = _triton()
+
+    @triton.jit
+    def compare(rough, bias, near, far, omega, error, hit, n_feats,
+                BLOCK: tl.constexpr):
+        b = tl.program_id(0).to(tl.int64)
+        j = tl.program_id(1)*BLOCK+tl.arange(0, BLOCK)
+        inside = j < n_feats
+        s = tl.load(rough+b*n_feats+j, inside, 0.).to(tl.float32)
+        slack = tl.load(near+b)*tl.load(omega+j, inside, 0.)
+        slack += tl.load(far+b)*tl.load(error+j, inside, 0.)
+        slack += 1.01*0.00390625*tl.abs(s)  # 2^-8
+        below = s+tl.load(bias+j, inside, 0.)+slack <= 0
+        sure = below & (s > -3.4e38)  # NaN compares as false: a candidate
+        tl.store(hit+b*n_feats+j, (~sure).to(tl.int8), inside)
+
+    # not specialised: how many candidates there are must not change a sum's order
+    @triton.jit(do_not_specialize=['n'])
+    def again(x, W_enc_T, bias, row, index, value, n, d_in,
+              ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
+        k = tl.program_id(0).to(tl.int64)*ENTRIES+tl.arange(0, ENTRIES)
+        some = k < n
+        b, j = tl.load(row+k, some, 0), tl.load(index+k, some, 0)
+        total = tl.zeros((ENTRIES, BLOCK), tl.float32)
+        for start in range(0, d_in, BLOCK):
+            d = start+tl.arange(0, BLOCK)
+            on = some[:, None] & (d < d_in)[None, :]
+            w = tl.load(W_enc_T+j[:, None]*d_in+d[None, :], on, 0.)
+            total += tl.load(x+b[:, None]*d_in+d[None, :], on, 0.)*w
+        tl.store(value+k, tl.sum(total, 1)+tl.load(bias+j, some, 0.), some)
+
+    return compare, again
+
+# %% ../nbs/06b_gpu_kernels.ipynb #5c4e0008
+@contextmanager
+def _sums_in_float32():
+    "Within, products in bfloat16 add up in float32."
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try: yield
+    finally: matmul.allow_bf16_reduced_precision_reduction = before
+
+def _candidates(
+    x:Float[Tensor, 'batch d_in'], # Activations
+    W:Float[Tensor, 'n_feats d_in'], # Encoder, a row for each feature
+    bias:Float[Tensor, 'n_feats'], # Of the pre-activations
+    tile:int, # Vectors whose pre-activations are kept at a time
+) -> tuple[Tensor, Tensor]: # Numbers of vectors and features, in order
+    "The entries that may be positive: every other one is at most 0."
+    compare, (v, w), tiny = _screening()[0], map(_rounded, (x, W)), 2**-50
+    near = 1.01*(v.error+x.shape[1]*2**-22*v.norm)+tiny*(v.norm > 0)
+    omega = w.norm+w.error+tiny*(w.norm > 0)  # 0 stays 0: nothing is lost there
+    near, far, omega, error = (t.float() for t in (near, 1.01*v.norm, omega, w.error))
+    parts = []
+    for at in range(0, len(x), tile):
+        with _sums_in_float32(): rough = v.rows[at:at+tile]@w.rows.T
+        hit = torch.empty_like(rough, dtype=torch.int8)
+        grid = len(rough), -(-len(W)//1024)
+        compare[grid](rough, bias, near[at:], far[at:], omega, error, hit, len(W),
+                      BLOCK=1024)
+        row, index = hit.nonzero(as_tuple=True)
+        parts.append((row+at, index))
+    return tuple(torch.cat(p) for p in zip(*parts))
+
+# %% ../nbs/06b_gpu_kernels.ipynb #5c4e000f
+def _screened_entries(
+    sae:SAE, # The dictionary
+    x:Float[Tensor, 'batch d_in'], # Activations
+    tile:int, # Vectors whose pre-activations are kept at a time
+) -> _Entries: # In order
+    "The active features; a value's bits depend on its vector and feature alone."
+    bias, W = sae.b_enc-sae.b_dec@sae.W_enc, sae.W_enc.T.contiguous()
+    again, block = _screening()[1], _block(min(x.shape[1], 512))
+    with torch.cuda.device_of(x):
+        row, index = _candidates(x, W, bias, tile)
+        value, n = x.new_empty(len(row)), len(row)
+        if n: again[(-(-n//block['ENTRIES']),)](x, W, bias, row, index, value, n,
+                                                x.shape[1], **block)
+    on = value > 0
+    return _Entries(row[on], index[on], value[on])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings, strategies as st
 
 from monosem.core import make_generator
-from monosem.gpu_kernels import _kernels, sparse_gradients_gpu
+from monosem.gpu_kernels import _candidates, _kernels, _positive_entries, _screened_entries, sparse_gradients_gpu
 from monosem.kernels import DensitySwitch, dense_gradients, exact_loss
 from monosem.sae import SAE, SAEConfig, sae_loss
 
@@ -76,6 +76,100 @@ def test_gradients_of_any_shape(d_in, n_feats, batch, shift, l1, tile, seed):
 
 
 @needs_triton
+@pytest.mark.parametrize('d_in, n_feats, batch, shift', [(24, 60, 40, 0.), (24, 60, 40, -1.), (7, 5, 3, -100.), (16, 24, 70, 100.), (1, 1, 1, 0.), (129, 1030, 3, -1.),
+                                                         (600, 9, 9, 100.)])
+def test_screened_gradients_equal_automatic_differentiation(d_in, n_feats, batch, shift):
+    compare(*example(d_in, n_feats, batch, shift), .3, screen='bfloat16')
+
+
+def same_entries(sae, x, tile):
+    plain, screened = _positive_entries(sae, x, tile), _screened_entries(sae, x, tile)
+    assert torch.equal(plain.row, screened.row) and torch.equal(plain.index, screened.index) and (screened.value > 0).all()
+    assert torch.allclose(plain.value, screened.value, rtol=1e-4, atol=1e-5)
+
+
+@needs_triton
+def test_screening_of_dead_features_empty_vectors_and_silence():
+    "A feature without weights and bias is never a candidate, nor is anything of a vector of zeros below its bias; exactly 0 does not fire."
+    sae, x = example(24, 40, 30, -.5)
+    sae.requires_grad_(False)
+    sae.b_dec.zero_()
+    sae.W_enc[:, :5], sae.b_enc[:5], sae.b_enc[5] = 0., 0., 0.
+    x[:4] = 0.
+    x[4] = sae.W_enc[:, 6]/sae.W_enc[:, 6].norm()
+    same_entries(sae, x, 7)
+    row, index = _candidates(x, sae.W_enc.T.contiguous(), sae.b_enc, 30)
+    assert not (index < 5).any() and (index[row < 4] > 6).sum() == (sae.b_enc[6:] > 0).sum()*4
+    sae.b_enc.fill_(-1e6)
+    assert len(_screened_entries(sae, x, 7).value) == 0
+
+
+@needs_triton
+@settings(max_examples=25, deadline=None)
+@given(d_in=st.integers(1, 200), n_feats=st.integers(1, 24), batch=st.integers(1, 12), tile=st.integers(1, 20), x_scale=st.integers(-70, 50), w_scale=st.integers(-70, 50),
+       gap=st.floats(-1, 1), midway=st.booleans(), seed=st.integers(0, 999))
+def test_screening_misses_nothing(d_in, n_feats, batch, tile, x_scale, w_scale, gap, midway, seed):
+    """Scales from denormal products to huge ones; each feature's pre-activation at one vector is within rounding in bfloat16 of zero.
+    With `midway` all numbers lie between two of bfloat16, and all products are rounded down while their sum cancels: the worst that can be.
+    Nothing is missed that is positive in float64 by more than float32 rounds, and nothing is kept that is as far below."""
+    gen = make_generator(seed)
+    up = torch.arange(d_in) % 2 == 1  # to even: 1+3*2^-8 is rounded up, 1+2^-8 down
+    unlucky = torch.where(up, 1+3*2.**-8, 1+2.**-8)
+    draw = lambda n, sign: unlucky*sign*2.**torch.randint(-2, 3, (n, 1), generator=gen) if midway else torch.randn(n, d_in, generator=gen)
+    sae = SAE(SAEConfig(d_in=d_in, n_feats=n_feats, start='random')).requires_grad_(False)
+    x, W = draw(batch, 1)*2.**x_scale, draw(n_feats, torch.where(up, -1, 1))*2.**w_scale
+    sae.W_enc.copy_(W.T)
+    norms = x.double().norm(dim=1)[:, None]*W.double().norm(dim=1)
+    dots = x.double()@W.double().T
+    near = torch.arange(n_feats) % batch
+    at = near, torch.arange(n_feats)
+    sae.b_enc.copy_(-dots[at]+gap*2.**-7*norms[at])
+    exact, rounding = dots+sae.b_enc.double(), d_in*2.**-22*norms+2.**-23*dots.abs()+2.**-126
+    kept = torch.zeros(batch, n_feats, dtype=torch.bool)
+    row, index, value = _screened_entries(sae.to(DEVICE), x.to(DEVICE), tile)
+    kept[row.cpu(), index.cpu()] = True
+    assert not ((exact > rounding) & ~kept).any() and not ((exact < -rounding) & kept).any()
+    assert torch.allclose(value.cpu().double(), exact[kept], rtol=1e-5, atol=float(rounding.max()))
+
+
+@needs_triton
+def test_screened_values_have_the_same_bits_in_any_batch_and_tile():
+    sae, x = example(129, 60, 50, 0.)
+    whole = _screened_entries(sae, x, 50)
+    for tile in (1, 7): assert all(torch.equal(a, b) for a,b in zip(whole, _screened_entries(sae, x, tile)))
+    for b in (0, 17, 49):
+        alone = _screened_entries(sae, x[b:b+1].clone(), 1)
+        assert torch.equal(alone.value, whole.value[whole.row == b]) and torch.equal(alone.index, whole.index[whole.row == b])
+
+
+@needs_triton
+@pytest.mark.parametrize('value', [torch.nan, torch.inf, -torch.inf, 3.4e38])
+def test_what_is_not_finite_is_decided_in_float32(value):
+    "In an activation or in a weight; 3.4e38 is finite, and infinite in bfloat16."
+    sae, x = example(24, 30, 10, 0.)
+    sae.requires_grad_(False)
+    for spoil in (x[4], sae.W_enc[:, 3]):
+        before = spoil[2].clone()
+        spoil[2] = value
+        plain, screened = _positive_entries(sae, x, 10), _screened_entries(sae, x, 10)
+        assert torch.equal(plain.row, screened.row) and torch.equal(plain.index, screened.index)
+        spoil[2] = before
+
+
+def test_other_screens_are_refused():
+    sae, x = example(4, 5, 3, 0.)
+    with pytest.raises(ValueError, match="screen='int8'; expected None or 'bfloat16'"): sparse_gradients_gpu(sae, x, .3, screen='int8')
+
+
+@needs_triton
+def test_screening_leaves_torch_as_it_was():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    sparse_gradients_gpu(*example(4, 5, 3, 0.), .3, screen='bfloat16')
+    assert matmul.allow_bf16_reduced_precision_reduction == before
+
+
+@needs_triton
 def test_layouts_of_the_inputs_do_not_matter():
     sae, x = example(20, 30, 10, -.3)
     a = sparse_gradients_gpu(sae, x, .3)
@@ -122,17 +216,19 @@ COMPILE = '''
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from monosem.gpu_kernels import _block, _kernels
+from monosem.gpu_kernels import _block, _kernels, _screening
 decode, weights, interpreted = _kernels()
+compare, again = _screening()
 assert not interpreted
 integers = {'start', 'index', 'row', 'first', 'entry'}
 for capability in (80, 90):
-    for kernel, d in ((decode, 1), (decode, 24), (decode, 512), (decode, 16384), (weights, 1), (weights, 128)):
-        sizes = _block(d)
+    for kernel, d in ((decode, 1), (decode, 24), (decode, 512), (decode, 16384), (weights, 1), (weights, 128), (again, 1), (again, 512), (compare, 512)):
+        sizes = dict(BLOCK=1024, num_warps=4) if kernel is compare else _block(d)
         warps = sizes.pop('num_warps')
-        fixed = sizes | ({'d_in': 1} if d == 1 else {})  # Triton turns an argument equal to 1 into a constant
+        fixed = sizes | ({'d_in': 1} if d == 1 and kernel is not compare else {})  # Triton turns an argument equal to 1 into a constant
         names = [p.name for p in kernel.params]
-        kind = lambda n: 'constexpr' if n in fixed else 'i32' if n == 'd_in' else 'fp32' if n in ('scale', 'push') else '*i64' if n in integers else '*fp32'
+        special = dict(d_in='i32', n='i32', n_feats='i32', rough='*bf16', hit='*i8')
+        kind = lambda n: 'constexpr' if n in fixed else special[n] if n in special else 'fp32' if n in ('scale', 'push') else '*i64' if n in integers else '*fp32'
         source = ASTSource(kernel, {n: kind(n) for n in names}, constexprs={(names.index(k),): v for k,v in fixed.items()})
         out = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=dict(num_warps=warps))
         assert len(out.asm['cubin']) > 1000 and out.metadata.shared <= 48*1024

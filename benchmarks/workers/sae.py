@@ -78,7 +78,7 @@ class Monosem:
 
 class SAELens:
     "StandardTrainingSAE and SAETrainer: the L1 term weighted by decoder norms, gradients clipped, norms free."
-    packages = 'sae-lens', 'torch'
+    packages, autocast = ('sae-lens', 'torch'), False
 
     def __init__(self, n_feats, batch, n_steps, lr):
         from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
@@ -87,7 +87,7 @@ class SAELens:
         share = lambda s: round(s*n_steps)
         self.sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=D_IN, d_sae=n_feats, l1_coefficient=L1, l1_warm_up_steps=share(L1_WARMUP)))
         self.trainer = SAETrainer(SAETrainerConfig(total_training_samples=n_steps*batch, train_batch_size_samples=batch, lr=lr, lr_end=lr/10,
-                                                   lr_warm_up_steps=share(WARMUP), lr_decay_steps=share(DECAY)), self.sae, data_provider=None)
+                                                   lr_warm_up_steps=share(WARMUP), lr_decay_steps=share(DECAY), autocast=self.autocast), self.sae, data_provider=None)
 
     def weights(self): return self.sae.W_enc, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec
 
@@ -98,6 +98,11 @@ class SAELens:
     def train(self, batches):
         self.trainer.data_provider = iter(batches)
         self.trainer.fit()
+
+
+class SAELensMixed(SAELens):
+    "With its trainer's mixed precision: the forward pass, and so the backward pass, in bf16 products."
+    autocast = True
 
 
 class DictionaryLearning:
@@ -119,16 +124,41 @@ class DictionaryLearning:
         for i,x in enumerate(batches): self.trainer.update(i, x)
 
 
+class Autocast:
+    "A trainer whose `update` runs as dictionary_learning's own loop runs it with autocast_dtype=bfloat16 on CUDA; on a CPU that loop leaves the context out and multiplies in float32."
+    def __init__(self, trainer): self.trainer = trainer
+
+    def __getattr__(self, name): return getattr(self.trainer, name)
+
+    def update(self, i, x):
+        with torch.autocast('cpu', torch.bfloat16): self.trainer.update(i, x.bfloat16())
+
+
+class DictionaryLearningMixed(DictionaryLearning):
+    "With its loop's mixed precision."
+    def __init__(self, *how):
+        super().__init__(*how)
+        self.trainer = Autocast(self.trainer)
+
+
 class Product:
-    "The limit: one matrix product of the encoder's size, and nothing else."
-    packages = 'torch',
+    "A limit: one matrix product of the encoder's size, and nothing else."
+    packages, dtype = ('torch',), torch.float32
 
-    def __init__(self, n_feats, batch, n_steps, lr): self.W, self.out = torch.randn(D_IN, n_feats), torch.empty(batch, n_feats)
+    def __init__(self, n_feats, batch, n_steps, lr): self.W, self.out, self.x = torch.randn(D_IN, n_feats, dtype=self.dtype), torch.empty(batch, n_feats, dtype=self.dtype), None
 
-    def step(self, x): torch.mm(x, self.W, out=self.out)
+    def step(self, x):
+        if self.x is None: self.x = x.to(self.dtype)  # once: rounding the inputs is no part of the limit
+        torch.mm(self.x, self.W, out=self.out)
 
 
-LIBRARIES = {'monosem': Monosem, 'plain': Plain, 'SAELens': SAELens, 'dictionary_learning': DictionaryLearning, 'product': Product}
+class ProductBF16(Product):
+    "The other limit: the same product in bf16."
+    dtype = torch.bfloat16
+
+
+LIBRARIES = {'monosem': Monosem, 'plain': Plain, 'SAELens': SAELens, 'dictionary_learning': DictionaryLearning, 'product': Product,
+             'SAELens bf16': SAELensMixed, 'dictionary_learning bf16': DictionaryLearningMixed, 'product bf16': ProductBF16}
 
 
 @torch.no_grad()
@@ -198,11 +228,12 @@ class Worker:
 
     def prepare(self, data, n_feats, batch, l0):
         self.library, self.x = LIBRARIES[self.name](n_feats, batch, 10**6, 1e-12), read(data, batch)
-        if self.name != 'product': load(self.library, at_density(self.x, n_feats, l0))
+        limit = issubclass(LIBRARIES[self.name], Product)
+        if not limit: load(self.library, at_density(self.x, n_feats, l0))
         for _ in range(2): self.library.step(self.x)
         Path('/proc/self/clear_refs').write_text('5')  # the peak is that of steps, not of preparing
         self.library.step(self.x)
-        self.say(l0=None if self.name == 'product' else measure(self.library.weights(), self.x)['l0'])
+        self.say(l0=None if limit else measure(self.library.weights(), self.x)['l0'])
 
     def turn(self, seconds):
         "Seconds per step, and of our encoder's product. A step is repeated until `seconds` passed; the first is not counted where it is short."
@@ -222,7 +253,7 @@ class Worker:
         library, held = LIBRARIES[self.name](n_feats, batch, n_steps, lr), read(held, -1)
         if self.name != 'monosem':
             given = dict(np.load(start))
-            if self.name == 'SAELens': given['W_dec'] *= .1  # its own start: rows of a tenth, the encoder their transpose
+            if self.name.startswith('SAELens'): given['W_dec'] *= .1  # its own start: rows of a tenth, the encoder their transpose
             load(library, given.values())
         def report(step, **more):
             self.say(step=step, **more, **(measure(library.weights(), held) if step else {}))

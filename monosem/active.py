@@ -248,7 +248,8 @@ def _deciding(njit:Callable) -> tuple:
             s, rho, tau = scale[b], error[b], floor[b]
             for j0 in range(0, n_feats, 16):
                 j1, some = min(j0+16, n_feats), int32(0)
-                for j in range(j0, j1): some += int32(row[j]*s+rho*norm[j]+high[j] > tau)
+                for j in range(j0, j1):
+                    some += int32(row[j]*s+rho*norm[j]+high[j] > tau)
                 if some:  # most blocks of 16 have none, found by vector instructions
                     for j in range(j0, j1):
                         found[n] = j

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .active import _same_place
 from .core import check
-from .kernels import Gradients, _same_place
+from .kernels import Gradients
 from .sae import SAE, SAELoss
 
 # %% ../nbs/06b_gpu_kernels.ipynb #f5e7979c

@@ -29,10 +29,10 @@ def test_settings_and_pyproject_agree_field_by_field(root):
 
 
 def _chapters() -> dict[str, str]:
-    "Module to chapter number, in the order of the notebooks' names."
+    "Module to chapter, in the order of the notebooks' names."
     out = {}
     for p in NBS:
-        if m := re.search(r'#\| default_exp (\w+)', p.read_text()): out[m[1]] = p.stem.split('_')[0]
+        if m := re.search(r'#\| default_exp (\w+)', p.read_text()): out[m[1]] = p.stem
     return out
 
 

@@ -125,12 +125,13 @@ middle = lambda values, digits=2: [round(float(f(values)), digits) for f in (np.
 
 def counts(n_feats, batch, l0, sparse):
     """Operations, and bytes of the arrays that are gone through, of a step; counted by hand in the code, each pass over an array once, caches not modelled.
-    Passes over a weight matrix: ours 31 = products 3, fold 1, gradients 2, projection 9, fused Adam 14, norms 3; plain 54, by products 4 and Adam 36.
-    Passes over a matrix of (batch, n_feats): plain 17, ours none, as a tile of it stays in the cache; for each active entry instead 24 bytes and four rows of d_in."""
-    product, weights, matrix, rows = 2*batch*D_IN*n_feats, 4*D_IN*n_feats, 4*batch*n_feats, 4*batch*D_IN
-    flops = round(product + 8*batch*l0*D_IN) if sparse else 5*product
-    entries = round(batch*l0*(24+4*4*D_IN)) if sparse else 0
-    return dict(flops=dict(product=product, monosem=flops, plain=6*product), bytes=dict(product=rows+weights+matrix, product_reads=rows+weights, monosem=31*weights+entries+6*rows, plain=54*weights+17*matrix+20*rows))
+    Passes over a weight matrix: ours 27 = search 4 (norms, rounding, product, fold), gradients 5 (zeros, b_dec's part, W_enc times a vector), update 18 (projection 3, length 1, Adam 14),
+    and 4 for each tile of 256 vectors; plain 54, by products 4 and Adam 36. Passes over a matrix of (batch, n_feats): plain 17, ours none, as a tile of it stays in the cache.
+    For each active entry ours has 40 bytes and, outside of the tile, one row of the encoder in the search and one of the decoder."""
+    product, weights, matrix, rows, entries = 2*batch*D_IN*n_feats, 4*D_IN*n_feats, 4*batch*n_feats, 4*batch*D_IN, batch*l0
+    search = dict(flops=round(product+2*entries*D_IN), bytes=round(4*weights+rows+entries*(8+4*D_IN))) if sparse else dict(flops=product, bytes=rows+weights)
+    sums = dict(flops=round(8*entries*D_IN), bytes=round((23+4*-(-batch//256))*weights+5*rows+entries*(32+4*D_IN))) if sparse else dict(flops=4*product, bytes=29*weights+5*rows)
+    return {k: dict(product=p, search=search[k], monosem=search[k]+sums[k], plain=q) for k, p, q in (('flops', product, 6*product), ('bytes', rows+weights+matrix, 54*weights+17*matrix+20*rows))}
 
 
 def measure_step(plan, folder, n_feats, batch, l0):
@@ -167,8 +168,8 @@ def best_settings(ratio):
 
 
 def rest(counted, seconds):
-    "Our step without the encoder's product: operations, bytes (without the inputs and weights that the product reads), and the rates at which it gets through them."
-    flops, size = (counted[k][OURS]-counted[k][part] for k,part in (('flops', 'product'), ('bytes', 'product_reads')))
+    "Our step without the search for what fired: operations, bytes, and the rates at which it gets through them."
+    flops, size = (counted[k][OURS]-counted[k]['search'] for k in ('flops', 'bytes'))
     return dict(seconds=middle(seconds, 4), flops=flops, bytes=size, gflops=middle(flops/seconds/1e9, 1), gb_per_s=middle(size/seconds/1e9, 1))
 
 

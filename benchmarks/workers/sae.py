@@ -54,7 +54,8 @@ class Monosem:
     packages = 'monosem', 'torch', 'numba'
 
     def __init__(self, n_feats, batch, n_steps, lr):
-        from monosem import kernels, sae, training
+        from monosem import active, kernels, sae, training
+        self.active_set = active.active_set
         self.train_sae, self.cfg = training.train_sae, training.SAETrainConfig(lr=lr, warmup=WARMUP, decay=DECAY, l1_warmup=L1_WARMUP, clip=CLIP)
         self.sae = sae.SAE(sae.SAEConfig(D_IN, n_feats, L1, start='transposed'))
         self.opt = torch.optim.Adam(self.sae.parameters(), lr=lr, fused=True)
@@ -66,7 +67,8 @@ class Monosem:
 
     @torch.no_grad()
     def encode(self, x):
-        "The encoder's product alone, in the tiles and the layout of the step."
+        "What the step does before its sums: the search for what fired, or in a dense step the product, in its tiles."
+        if self.gradients.sparse: return self.active_set(self.sae, x)
         for rows in x.split(TILE): torch.addmm(self.sae.b_enc, rows, self.sae.W_enc, out=self.buffer[:len(rows)])
 
     def train(self, batches):

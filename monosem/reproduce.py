@@ -181,7 +181,7 @@ def _make_transformer(path, scale, texts, device):
     save_transformer(done.model, scale.model, path, run_record(
         name='A', tokens=train.n_tokens, data=train.hash, config=scale.lm.to_dict(),
         epochs=train.epochs, seconds=round(done.seconds), tokens_per_s=rate,
-        validation_nats=nats, log=log.to_dict('records')))
+        precision=done.precision, validation_nats=nats, log=log.to_dict('records')))
     shutil.rmtree(kept.folder, ignore_errors=True)  # the model is saved
     return dict(tokens=train.n_tokens, tokens_per_s=rate, validation_nats=nats)
 

@@ -6,10 +6,11 @@ Docs: https://monosem.github.io/monosem/tokens.html.md"""
 
 # %% auto #0
 __all__ = ['EOT', 'Mixture', 'draw_documents', 'train_tokenizer', 'load_tokenizer', 'token_bytes', 'show_token',
-           'plain_tokenizer', 'tokenizer_hash', 'TokenWindows', 'windows_from_ids', 'even_cut', 'token_windows']
+           'plain_tokenizer', 'tokenizer_hash', 'TokenWindows', 'windows_from_ids', 'cache_folder', 'even_cut',
+           'token_windows']
 
 # %% ../nbs/03b_tokens.ipynb #9f56d7e2
-import hashlib, json, math, random, re
+import hashlib, json, math, os, random, re, warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -20,12 +21,15 @@ from unicodedata import category
 
 import numpy as np
 import pandas as pd
+import tokenizers
 import torch
 from jaxtyping import Int
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from .core import Config, check, content_hash, progress
+from .core import Config, check, content_hash, progress, replacing
 from .corpus import Corpus, Document, split_documents
 
 # %% ../nbs/03b_tokens.ipynb #a3ea6378
@@ -347,6 +351,78 @@ def _check_bytes(
               'a token for every byte of the text',
               'use a tokenizer with all 256, as those of train_tokenizer')
 
+# %% ../nbs/03b_tokens.ipynb #d59e4492
+def cache_folder() -> Path|None: # None where the cache is off
+    "Where tokenised texts are kept: `$MONOSEM_CACHE`, else `~/.cache/monosem`."
+    name = os.environ.get('MONOSEM_CACHE') or '~/.cache/monosem'
+    folder = os.path.expanduser(name)
+    homeless = folder.startswith('~')  # no home folder is known here
+    return None if name == 'off' or homeless else Path(folder)
+
+# %% ../nbs/03b_tokens.ipynb #d59e4495
+_WORTH_IT = 1_000_000  # characters; fewer are tokenised in half a second
+
+def _cache_file(
+    docs:list[Document], # Documents
+    tok:Tokenizer, # From `plain_tokenizer`
+) -> Path|None: # None for a small text, and where the cache is off
+    "Where the token ids of a text are kept: named by the text and the tokenizer."
+    folder = cache_folder()
+    if folder is None or sum(len(d.text) for d in docs) < _WORTH_IT: return None
+    h = hashlib.sha256()
+    for part in ('1', tokenizers.__version__, tok.to_str(), *(d.text for d in docs)):
+        h.update(f'{len(part)} '.encode())  # no two lists of texts run together
+        h.update(part.encode())
+    return folder/f'tokens-{h.hexdigest()[:24]}.safetensors'
+
+def _checksum(ids:np.ndarray, sizes:np.ndarray) -> str:
+    "Of what a file of the cache holds."
+    h = hashlib.sha256(ids)
+    h.update(sizes)
+    return h.hexdigest()
+
+def _read_ids(
+    path:Path, # From `_cache_file`
+) -> list[np.ndarray]: # Token ids per document
+    "Read a file of the cache; a ValueError unless it is whole."
+    try:
+        with safe_open(path, 'np') as f:
+            ids, sizes = f.get_tensor('ids'), f.get_tensor('sizes')
+            known = (f.metadata() or {}).get('checksum')
+    except SafetensorError as e: raise ValueError(str(e)) from e
+    if _checksum(ids, sizes) != known: raise ValueError('its checksum does not fit')
+    return np.split(ids, np.cumsum(sizes)[:-1])
+
+def _keep_ids(
+    path:Path, # From `_cache_file`
+    parts:list[np.ndarray], # Token ids per document
+) -> None:
+    "Write a file of the cache in one step: another process sees all of it or nothing."
+    arrays = np.concatenate(parts), np.array([len(x) for x in parts])
+    with replacing(path) as tmp:
+        save_file(dict(zip(('ids', 'sizes'), arrays)), tmp,
+                  dict(checksum=_checksum(*arrays)))
+
+# %% ../nbs/03b_tokens.ipynb #d59e4497
+def _encode_once(
+    docs:list[Document], # Documents
+    tok:Tokenizer, # From `plain_tokenizer`
+) -> list[np.ndarray]: # What `_encode` returns
+    "Token ids of each document, read from the cache where they are there."
+    path = _cache_file(docs, tok)
+    if path is None: return _encode(docs, tok)
+    try: return _read_ids(path)
+    except OSError: pass  # not there yet
+    except ValueError as e:
+        warnings.warn(f'{path} is damaged ({e}); the text is tokenised again.',
+                      stacklevel=3)
+    ids = _encode(docs, tok)
+    try: _keep_ids(path, ids)
+    except OSError as e:
+        warnings.warn(f'the tokens are not kept: {e} MONOSEM_CACHE names another '
+                      'folder, MONOSEM_CACHE=off keeps nothing.', stacklevel=3)
+    return ids
+
 # %% ../nbs/03b_tokens.ipynb #466d5d9d
 def even_cut(
     sizes:list[int], # Tokens of each document
@@ -397,7 +473,7 @@ def token_windows(
     check(n_ctx > 1, f'n_ctx={n_ctx}', 'at least 2', 'choose a longer window')
     docs, plain = split_documents(corpus, validation), plain_tokenizer(tok)
     _check_bytes(docs, plain)
-    ids, shares = _encode(docs, plain), mixture.shares(d.kind for d in docs)
+    ids, shares = _encode_once(docs, plain), mixture.shares(d.kind for d in docs)
     cut = _even(ids, docs, shares, mixture.budget) if spread else ids
     drawn = draw_documents(docs, [len(x) for x in cut], shares, mixture.budget,
                            mixture.seed, repeat=not spread)

@@ -1,19 +1,22 @@
 "Text in, tokens out: nothing lost, nothing damaged taken for whole."
-import hashlib, json, lzma, subprocess, sys
+import hashlib, json, lzma, os, subprocess, sys, warnings
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from unicodedata import category
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from hypothesis import example, given, settings, strategies as st
 from tokenizers import (AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers,
                         processors)
 
 import monosem.corpus as corpus_module
+import monosem.tokens as tokens_module
 from monosem.corpus import Corpus, Document, is_validation, load_corpus, manifest
-from monosem.tokens import (EOT, Mixture, TokenWindows, draw_documents, even_cut,
+from monosem.tokens import (EOT, Mixture, TokenWindows, cache_folder, draw_documents, even_cut,
                             load_tokenizer, plain_tokenizer, show_token, token_bytes,
                             token_windows, tokenizer_hash, train_tokenizer,
                             windows_from_ids)
@@ -673,6 +676,134 @@ def test_large_vocabularies_lose_no_bit(size, dtype):
     w = exact([a_doc(text)], tok, n, n)
     assert w.tokens.dtype == dtype and text_of(tok, w.tokens[0].tolist()) == text
     assert w.tokens.max() > 60_000 and w.ids().tolist() == w.tokens.tolist()
+
+
+# Kept on disk
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    "An empty cache that keeps small texts too."
+    monkeypatch.setenv('MONOSEM_CACHE', str(tmp_path/'cache'))
+    monkeypatch.setattr(tokens_module, '_WORTH_IT', 0)
+    return tmp_path/'cache'
+
+def tokenised(monkeypatch):
+    "The documents that are tokenised from now on."
+    seen, real = [], tokens_module._encode
+    monkeypatch.setattr(tokens_module, '_encode', lambda docs, tok: seen.append(docs) or real(docs, tok))
+    return seen
+
+def same_windows(a, b):
+    same = all(np.array_equal(x, y) and x.dtype == y.dtype for x,y in ((a.tokens, b.tokens), (a.doc, b.doc)))
+    return same and (a.docs, a.epochs, a.tokenizer) == (b.docs, b.epochs, b.tokenizer)
+
+def windows_of(docs, tok, **how): return token_windows(Corpus('c', docs), tok, Mixture(budget=3_000), n_ctx=16, **how)
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('filling', [0, 2**16])
+def test_windows_from_the_cache_are_those_computed(mini, tok, cache, monkeypatch, filling):
+    docs, tok, hows = mini.docs[:60], every_byte(filling) if filling else tok, [dict(), dict(spread=True), dict(validation=True)]
+    with monkeypatch.context() as m:
+        m.setenv('MONOSEM_CACHE', 'off')
+        want = [windows_of(docs, tok, **how) for how in hows]
+    assert not cache.exists()
+    seen = tokenised(monkeypatch)
+    for _ in range(2):
+        for how, w in zip(hows, want): assert same_windows(windows_of(docs, tok, **how), w)
+    assert len(seen) == len(list(cache.iterdir())) == 2  # a text each: for training, for validation
+    assert not token_windows(Corpus('other', docs), tok, Mixture({}, 1., 999, 5), n_ctx=8) is None and len(seen) == 2
+
+
+def test_another_text_or_tokenizer_is_not_taken_for_the_same(mini, tok, cache, monkeypatch):
+    docs, seen = [d for d in mini.docs[:60] if not is_validation(d.text)], tokenised(monkeypatch)
+    corpus = Corpus('c', list(docs))
+    assert corpus.hash and len(token_windows(corpus, tok, n_ctx=16))
+    corpus.docs[3] = corpus.docs[3]._replace(text=for_training('changed in place '))  # its hash is of before
+    assert corpus.docs[3].text in {d.text for d in token_windows(corpus, tok, n_ctx=16).docs} and len(seen) == 2
+    windows_of([d._replace(text=t) for d,t in zip(docs, [d.text for d in docs][::-1])], tok)
+    fewer = json.loads(tok.to_str())
+    fewer['model']['merges'].pop()
+    windows_of(docs, Tokenizer.from_str(json.dumps(fewer)))
+    monkeypatch.setattr('tokenizers.__version__', '0')
+    windows_of(docs, tok)
+    assert len(seen) == 5
+    windows_of([d._replace(kind='text') for d in docs], tok)  # a kind decides what is drawn, not how it is cut
+    assert len(seen) == 5
+
+
+def test_texts_do_not_run_together_in_the_name(tok, cache):
+    lists = ['ab', 'c'], ['a', 'bc'], ['abc'], ['c', 'ab'], ['ab', 'c', 'ab'], ['é', 'x'], ['éx']
+    assert len({tokens_module._cache_file([a_doc(t) for t in texts], tok) for texts in lists}) == len(lists)
+
+
+def flipped(raw): return raw[:-9]+bytes([raw[-9]^1])+raw[-8:]
+
+DAMAGE = {'truncated': lambda p: p.write_bytes(p.read_bytes()[:-50]), 'empty': lambda p: p.write_bytes(b''),
+          'a bit': lambda p: p.write_bytes(flipped(p.read_bytes())), 'no safetensors': lambda p: p.write_text('[1, 2]'*50),
+          'another file': lambda p: save_file({'x': np.arange(3)}, p), 'no checksum': lambda p: save_file(load_file(p), p)}
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_a_damaged_file_is_noticed_and_made_anew(mini, tok, cache, monkeypatch, damage):
+    docs = mini.docs[:60]
+    want, seen = windows_of(docs, tok), tokenised(monkeypatch)
+    path, = cache.iterdir()
+    whole = path.read_bytes()
+    DAMAGE[damage](path)
+    with pytest.warns(UserWarning, match='is damaged') as said: assert same_windows(windows_of(docs, tok), want)
+    assert len(said) == len(seen) == 1 and path.read_bytes() == whole
+    with warnings.catch_warnings(action='error'): assert same_windows(windows_of(docs, tok), want)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize('where', ['a file', 'under a file', 'full'])
+def test_a_text_is_tokenised_without_a_cache_where_none_can_be(mini, tok, cache, monkeypatch, where):
+    docs, blocker = mini.docs[:60], cache.with_name('blocker')
+    blocker.write_text('no folder')
+    def no_space(*a): raise OSError(28, 'No space left on device')
+    if where == 'full': monkeypatch.setattr(tokens_module, 'save_file', no_space)
+    else: monkeypatch.setenv('MONOSEM_CACHE', str(blocker/'c' if where == 'under a file' else blocker))
+    with pytest.warns(UserWarning, match='the tokens are not kept: .*MONOSEM_CACHE=off') as said: got = windows_of(docs, tok)
+    assert len(said) == 1 and blocker.read_text() == 'no folder' and not list(cache.glob('*') if cache.exists() else [])
+    monkeypatch.setenv('MONOSEM_CACHE', 'off')
+    with warnings.catch_warnings(action='error'): assert same_windows(windows_of(docs, tok), got)
+
+
+def test_small_texts_are_not_kept(mini, tok, cache, monkeypatch):
+    monkeypatch.setattr(tokens_module, '_WORTH_IT', sum(len(d.text) for d in mini.docs[:60]))
+    windows_of(mini.docs[:60], tok)
+    assert not cache.exists()
+
+
+def test_where_the_cache_lies(monkeypatch):
+    monkeypatch.setenv('HOME', '/home/someone')
+    for given, want in (('off', None), ('/x/y', '/x/y'), ('~/z', '/home/someone/z'), ('', '/home/someone/.cache/monosem')):
+        monkeypatch.setenv('MONOSEM_CACHE', given)
+        assert cache_folder() == (want and Path(want))
+    monkeypatch.setattr(os.path, 'expanduser', lambda p: p)  # nobody's home
+    assert cache_folder() is None
+
+
+TOGETHER = """
+import sys, warnings
+import monosem.tokens as t
+from monosem.corpus import Corpus, load_corpus
+warnings.simplefilter('error')
+t._WORTH_IT, corpus, tok = 0, Corpus('c', load_corpus('mini').docs[:40]), t.load_tokenizer()
+for _ in range(15):
+    w = t.token_windows(corpus, tok, t.Mixture(budget=3000), n_ctx=16)
+    for path in t.cache_folder().glob('tokens-*'): path.unlink(missing_ok=True)
+print(w.hash)
+"""
+
+
+def test_processes_share_a_cache(cache):
+    "Two write and remove the same file over and over: neither fails, warns or reads half of it."
+    runs = [subprocess.Popen([sys.executable, '-c', TOGETHER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    (a, said_a), (b, said_b) = (p.communicate(timeout=300) for p in runs)
+    assert [p.returncode for p in runs] == [0, 0], said_a+said_b
+    assert a == b and len(a) == 13 and not list(cache.iterdir())
 
 
 # What windows can be asked

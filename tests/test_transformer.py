@@ -1,5 +1,6 @@
 "The transformer's training, number by number."
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -62,6 +63,7 @@ def test_training_reads_each_window_once_and_logs_what_it_did(monkeypatch):
             assert torch.cat([p.grad.flatten() for g in self.param_groups for p in g['params']]).norm() <= .1001
             return super().step()
     monkeypatch.setattr(T, 'loss_nats', look)
+    monkeypatch.setenv('MONOSEM_PRECISION', 'float32')  # nothing is measured
     monkeypatch.setattr(torch.optim, 'AdamW', Adam)
     w, held, cfg = _windows(10), _windows(3, 1), LMTrainConfig(batch=4, eval_every=2, clip=.1, lr=.01, warmup=.5, weight_decay=.3)
     done = train_transformer(build_transformer(SHAPE, 'cpu'), w, held, cfg)
@@ -115,6 +117,121 @@ def test_impossible_shapes_are_refused(bad):
 @pytest.mark.parametrize('bad', [dict(batch=0), dict(lr=0.), dict(lr=-1.)])
 def test_impossible_trainings_are_refused(bad):
     with pytest.raises(ValueError, match=[*bad][0]): LMTrainConfig(**bad)
+
+
+# rounded products
+
+def _trained(monkeypatch, precision, checkpoints=None, n=9, **cfg):
+    if precision: monkeypatch.setenv('MONOSEM_PRECISION', precision)
+    else: monkeypatch.delenv('MONOSEM_PRECISION', raising=False)
+    return train_transformer(build_transformer(SHAPE, 'cpu'), _windows(n), _windows(2, 1), LMTrainConfig(batch=2, **cfg), checkpoints)
+
+
+def _same(a, b): return all(torch.equal(p, q) for p,q in zip(weights(a.model).values(), weights(b.model).values()))
+
+
+class _Stops(Checkpoints):
+    def due(self, step):
+        if step == 3: raise KeyboardInterrupt
+        return step == 2
+
+
+@pytest.mark.parametrize('chunk', [1, 7, 35, 100])
+def test_the_rounded_head_is_cross_entropy_where_nothing_is_rounded(chunk):
+    gen = torch.Generator().manual_seed(0)
+    h, w, t = 3*torch.randn(35, 8, generator=gen), torch.randn(40, 8, generator=gen), torch.randint(40, (35,), generator=gen)
+    h[0] *= 100  # a prediction without doubt: probabilities of 0 and 1
+    h, w = h.requires_grad_(), w.requires_grad_()
+    want = torch.nn.functional.cross_entropy(h@w.T, t)
+    got = T._RoundedHead.apply(h, w, t, chunk, torch.float32)
+    for a,b in zip((got, *torch.autograd.grad(2*got, (h, w))), (want, *torch.autograd.grad(2*want, (h, w)))):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6) and a.dtype == torch.float32
+
+
+def test_rounded_products_leave_weights_and_sums_in_float32():
+    model, t = build_transformer(SHAPE, 'cpu'), _windows(4).ids()
+    with T.computing_in('bfloat16', 'cpu'):
+        resid, x = mlp_acts(model, t)
+        loss, each = loss_nats(model, t), loss_nats(model, t, per_token=True)
+    assert resid.dtype == loss.dtype == torch.float32 and x.dtype == torch.bfloat16
+    assert {g.dtype for g in torch.autograd.grad(loss, [*weights(model).values()])} == {torch.float32}
+    want = loss_nats(model, t)
+    assert abs(loss-want) < .01 and abs(each.float().mean()-want) < .05 and loss != want
+    with T.computing_in('float32', 'cpu'): assert torch.equal(loss_nats(model, t), want)
+
+
+def test_training_in_bfloat16_comes_close_to_float32(monkeypatch):
+    "36 steps of rate 0.01. A factor is rounded by at most 2^-9; steps of Adam amplify that where a gradient is near 0, so weights may differ by some steps."
+    full, rounded = (_trained(monkeypatch, p, n=72, lr=.01) for p in T.PRECISIONS)
+    assert (full.precision, rounded.precision) == T.PRECISIONS and not _same(full, rounded)
+    assert {p.dtype for p in weights(rounded.model).values()} == {torch.float32}
+    assert np.isfinite(rounded.log.train_nats).all() and rounded.log.validation_nats.iloc[-1] < rounded.log.validation_nats.iloc[0]-.2
+    assert abs(full.log[['train_nats', 'validation_nats']]-rounded.log[['train_nats', 'validation_nats']]).max(None) < .03
+    assert _same(rounded, _trained(monkeypatch, 'bfloat16', n=72, lr=.01))
+
+
+@pytest.mark.parametrize('precision', T.PRECISIONS)
+@pytest.mark.parametrize('here', [*T.PRECISIONS, None])
+def test_a_checkpoint_keeps_its_precision(precision, here, monkeypatch, tmp_path):
+    "What is forced or measured where the run goes on comes second, and is said to."
+    whole = _trained(monkeypatch, precision)
+    with pytest.raises(KeyboardInterrupt): _trained(monkeypatch, precision, _Stops(tmp_path))
+    monkeypatch.setattr(T, 'pick_precision', lambda *a: here or 'float32')
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        back = _trained(monkeypatch, here, Checkpoints(tmp_path))
+    assert _same(back, whole) and back.precision == precision
+    differ = precision != (here or 'float32')
+    assert [f'goes on in {precision}' in str(w.message) for w in said] == [True]*differ
+
+
+def test_a_checkpoint_that_does_not_say_is_of_float32(monkeypatch, tmp_path):
+    class Older(_Stops):
+        def save(self, step, tensors, meta, settings, must=False):
+            super().save(step, tensors, {k: v for k,v in meta.items() if k != 'precision'}, settings, must)
+    with pytest.raises(KeyboardInterrupt): _trained(monkeypatch, 'float32', Older(tmp_path))
+    assert _same(_trained(monkeypatch, 'float32', Checkpoints(tmp_path)), _trained(monkeypatch, 'float32'))
+
+
+def test_a_precision_that_cannot_be_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="'half' from MONOSEM_PRECISION; expected float32 or bfloat16"): _trained(monkeypatch, 'half')
+    with pytest.raises(KeyboardInterrupt): _trained(monkeypatch, 'bfloat16', _Stops(tmp_path))
+    monkeypatch.setattr(torch.amp, 'is_autocast_available', lambda device: False)
+    with pytest.raises(ValueError, match='bfloat16 from MONOSEM_PRECISION on the device cpu'): _trained(monkeypatch, 'bfloat16')
+    with pytest.raises(ValueError, match=r'bfloat16 from .*step-000000002 on the device cpu.*float32'): _trained(monkeypatch, None, Checkpoints(tmp_path))
+    assert _trained(monkeypatch, None).precision == 'float32'
+
+
+@pytest.mark.parametrize('costs,want', [((1., .5), 'bfloat16'), ((1., .85), 'bfloat16'), ((1., .95), 'float32'), ((1., 2.), 'float32'), ((1., 50.), 'float32')])
+def test_what_is_faster_is_measured_once_a_shape(costs, want, monkeypatch):
+    calls = []
+    def seconds(model, tokens, precision):
+        calls.append((precision, tokens.numel()))
+        return costs[T.PRECISIONS.index(precision)]*tokens.numel()*(1+.05*(len(calls)%3))
+    monkeypatch.setattr(T, '_seconds', seconds)
+    monkeypatch.setattr(T, '_FASTER', {})
+    monkeypatch.delenv('MONOSEM_PRECISION', raising=False)
+    model, t = build_transformer(SHAPE, 'cpu'), _windows(5).ids()
+    before = [p.clone() for p in weights(model).values()]
+    for _ in range(2): assert T.pick_precision(model, t) == want
+    full = [c for c in calls if c[1] == t.numel()]
+    assert len(full) == (0 if costs[1] > 3 else 10) and len(calls) < 25  # a hopeless way is not tried on a whole batch
+    n = len(calls)
+    assert T.pick_precision(model, t[:3]) == want and len(calls) > n
+    monkeypatch.undo()
+    T.faster_precision(model, t)
+    assert all(torch.equal(a, b) and b.grad is None for a,b in zip(before, weights(model).values()))
+
+
+def test_one_pause_of_the_machine_decides_nothing(monkeypatch):
+    "Float32 is interrupted in most rounds, bfloat16 never: by its least time float32 is as fast."
+    model, t, calls = build_transformer(SHAPE, 'cpu'), _windows(5).ids(), []
+    def seconds(model, tokens, precision):
+        calls.append(precision)
+        paused = precision == 'float32' and tokens.numel() == t.numel() and calls.count('float32')%4
+        return 1.+9*bool(paused)
+    monkeypatch.setattr(T, '_seconds', seconds)
+    assert T.faster_precision(model, t) == 'float32'
 
 
 # the door to it

@@ -151,7 +151,7 @@ def measure_step(plan, folder, n_feats, batch, l0):
                 if name == OURS: encode.append(a['encode'])
     s = {k: np.array(v) for k,v in seconds.items()}
     over = lambda name: s[name]/s[OURS][:len(s[name])]  # by paired rounds
-    counted = counts(n_feats, batch, active[0], active[0]/n_feats < .09)
+    counted = counts(n_feats, batch, active[0], active[0]/n_feats < .15)
     gflops = lambda name: middle(counted['flops']['product']/s[name]/1e9, 0)
     ratio = {p: middle(over(p)) for p in peers}
     return versions, dict(n_feats=n_feats, batch=batch, l0=l0, l0_measured=round(active[0], 1), rounds={k: len(v) for k,v in s.items()},

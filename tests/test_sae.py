@@ -358,7 +358,7 @@ def test_the_switch_remembers_and_gives_dense_where_the_loops_cannot_go():
     calls, x = [], torch.ones(3, 1)
     spy = lambda s, x, l1: calls.append(x.dtype) or sparse_gradients(s, x, l1)
     switch = DensitySwitch(way=spy)
-    assert (switch.low, switch.high, switch.sparse, DensitySwitch().way) == (.09, .12, False, sparse_gradients)
+    assert (switch.low, switch.high, switch.sparse, DensitySwitch().way) == (.15, .2, False, sparse_gradients)
     assert switch.state_dict() == dict(sparse=False)
     switch(_with_active(0), x, .1)
     again = DensitySwitch(way=spy)

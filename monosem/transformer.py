@@ -226,6 +226,8 @@ def _seconds(model, tokens:Tensor, precision:str) -> float:
     first.sum().item()  # wait until the device has done it
     return time.perf_counter()-start
 
+_WORTH_IT = 10**8  # tokens times weights; less is a few ms, and not of products
+
 def _race(model, tokens:Tensor, rounds:int) -> np.ndarray: # (rounds, 2) seconds
     "Both precisions in turns; no new round once 2 s have passed."
     took, start = [], time.perf_counter()
@@ -239,7 +241,9 @@ def faster_precision(
     rounds:int=5, # At most so many of both
 ) -> str: # `bfloat16` where it takes 10 % less time, else `float32`
     "How forward and backward passes are faster here, by measurement."
-    if not torch.amp.is_autocast_available(tokens.device.type): return 'float32'
+    size = sum(p.numel() for p in weights(model).values())
+    possible = torch.amp.is_autocast_available(tokens.device.type)
+    if not possible or tokens.numel()*size < _WORTH_IT: return 'float32'
     for few in (tokens[:1, :32], tokens[:1]):  # a hopeless way is soon found out
         full, rounded = _race(model, few, 3).min(0)
         if rounded > 3*full: return 'float32'

@@ -24,9 +24,10 @@ from scipy.spatial.distance import squareform
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from .active import active_set
 from .core import Config, check, progress
 from .hooked import at_hook, fitting
-from .sae import SAE
+from .sae import SAE, SAEConfig
 from .tokens import EOT, TokenWindows, show_token, token_bytes
 from .transformer import layer_norm, mlp_acts, weights
 
@@ -249,20 +250,32 @@ def strong_examples(
 
 def _scan(units:Units, tokens:Tensor, share:float, batch:int) -> tuple:
     "Largest activation of each unit; unit, place and activation of strong tokens."
-    top = torch.zeros(len(units.weights))
-    unit, at, act = torch.zeros(0, dtype=int), torch.zeros(0, dtype=int), torch.zeros(0)
+    encoder, top = _encoder(units), torch.zeros_like(units.bias).cpu().numpy()
+    strong = np.zeros(0, int), np.zeros(0, int), top[:0]
     with progress(tokens.numel(), f'examples of {units.name}') as bar:
         for i,part in enumerate(tokens.split(batch)):
             h = units.read(part.to(units.bias.device)).flatten(0, 1)
-            new = units.acts(h).cpu()
-            top = torch.maximum(top, new.amax(0))
-            place, who = (new > share*top).nonzero(as_tuple=True)
-            unit, act = torch.cat([unit, who]), torch.cat([act, new[place, who]])
-            at = torch.cat([at, place+i*batch*tokens.shape[1]])
+            check(bool(h.isfinite().all()),
+                  f'NaN or infinity in what {units.name} reads', 'finite numbers',
+                  'check the model')
+            fired = active_set(encoder, h)
+            np.maximum.at(top, fired.index, fired.value)
+            new = fired.value > share*top[fired.index]
+            place = i*batch*tokens.shape[1]+fired.row[new]
+            found = fired.index[new], place, fired.value[new]
+            unit, at, act = map(np.concatenate, zip(strong, found))
             still = act > share*top[unit]  # of the largest so far
-            unit, at, act = unit[still], at[still], act[still]
+            strong = unit[still], at[still], act[still]
             bar.update(part.numel())
-    return top.numpy(), (unit.numpy(), at.numpy(), act.numpy())
+    return top, strong
+
+def _encoder(units:Units) -> SAE:
+    "The dictionary that encodes as the units do."
+    n_units, d = units.weights.shape
+    sae = SAE(SAEConfig(d, n_units)).to(units.weights)
+    sae.W_enc.copy_(units.weights.T)
+    sae.b_enc.copy_(units.bias)
+    return sae
 
 def _draw(unit:np.ndarray, n_strong:np.ndarray, cfg:ClusterConfig) -> np.ndarray:
     "At most `cfg.most` places per unit, at random."

@@ -6,7 +6,7 @@ Docs: https://monosem.github.io/monosem/proxies.html.md"""
 
 # %% auto #0
 __all__ = ['DNA', 'BASE64', 'SCRIPTS', 'FLOOR', 'CYRILLIC', 'CONTEXTS', 'unigram', 'alphabet_proxy', 'script_share',
-           'script_proxy', 'proxy', 'Context', 'in_kinds', 'halves', 'Correlations', 'correlate', 'FeatureTest',
+           'script_proxy', 'proxy', 'Context', 'in_kinds', 'halves', 'Sums', 'Correlations', 'correlate', 'FeatureTest',
            'document_sums', 'test_contexts', 'tests_table', 'level_curve', 'neuron_correlations', 'n_carrying',
            'Rivalry', 'rivalry', 'spectrum']
 
@@ -20,12 +20,13 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float, Integer
+from scipy.sparse import csr_array
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from .core import Estimate, bootstrap, check, pearson
 from .tokens import TokenWindows, token_bytes
-from .features import feature_pass, logit_weights, restrict, top_tokens
+from .features import Slice, feature_pass, logit_weights, restrict, top_tokens
 from .hooked import fitting
 from .plotting import histogram
 from .sae import SAE
@@ -157,11 +158,50 @@ def halves(
     place = np.random.default_rng(seed).permutation(len(windows.docs))
     return place[windows.doc] % 2 == 0
 
+# %% ../nbs/10_proxies.ipynb #10ac0002
+class Sums:
+    "The six sums of Pearson's r, of columns with targets, added up over tokens."
+    def __init__(self,
+        n_columns:int, # Such as features
+        n_targets:int, # Such as contexts or neurons
+    ):
+        self.n, self.shift = 0, None
+        self.x, self.xx = np.zeros((2, n_columns, 1))
+        self.y, self.yy = np.zeros((2, n_targets))
+        self.xy = np.zeros((n_columns, n_targets))
+
+    def add(self,
+        x:csr_array|np.ndarray, # (n, n_columns)
+        y:np.ndarray, # (n, n_targets)
+    ) -> None:
+        "More tokens."
+        if not len(y): return
+        x, y = x.astype(float), y.astype(float)
+        # subtract a first mean, so that large constants do not eat digits
+        if self.shift is None: self.shift = y.mean(0)
+        y -= self.shift
+        self.n += len(y)
+        self.x += x.sum(0)[:, None]
+        self.xx += (x*x).sum(0)[:, None]
+        self.y += y.sum(0)
+        self.yy += np.square(y).sum(0)
+        self.xy += x.T@y
+
+    def r(self) -> Float[np.ndarray, 'n_columns n_targets']: # NaN: one never varies
+        "Pearson's r."
+        parts = [slice(i, i+1024) for i in range(0, len(self.x), 1024)]
+        return np.concatenate([pearson(self.n, self.x[p], self.y, self.xx[p], self.yy,
+                                       self.xy[p]) for p in parts])
+
 # %% ../nbs/10_proxies.ipynb #efaa5c52
 class Correlations(NamedTuple):
     "Pearson's r of every feature and neuron with every context."
     features: Float[np.ndarray, 'n_contexts n_feats']
     neurons: Float[np.ndarray, 'n_contexts d_in'] # Or whatever is at the hook point
+
+    def strongest(self) -> tuple[np.ndarray, np.ndarray]: # A feature, a neuron for each
+        "Those of the largest r of each context; the first where none is defined."
+        return tuple(np.where(np.isnan(r), -np.inf, r).argmax(1) for r in self)
 
 def correlate(
     model, # A model of `build_transformer`, or any from `at_hook`
@@ -171,24 +211,20 @@ def correlate(
     mask:Bool[np.ndarray, 'n_windows pos'], # Tokens to use
 ) -> Correlations: # Pearson's r; NaN for a feature that never fires
     "Correlate every feature and neuron with every context in one pass."
-    at, n_feats = fitting(model, sae, windows), sae.cfg.n_feats
-    # the first row counts every token
-    use = np.stack([mask, *(targets & mask)])
-    sums = torch.zeros(len(use)+1, n_feats+at.d_in, dtype=torch.double)
-    # subtract a first mean, so that large constants do not eat digits
-    shift = None
-    for s in feature_pass(at, sae, windows, desc='selecting'):
-        acts = s.acts.flatten(0, 1)
-        if shift is None: shift = acts.mean(0)
-        y = torch.as_tensor(use[:, s.rows]).flatten(1).float()
-        x = torch.cat([s.features.flatten(0, 1), acts-shift], -1).cpu()
-        sums[:-1] += y@x
-        # x is spent: its memory becomes its square
-        sums[-1] += y[0]@x.square_()
-    n, y = float(mask.sum()), (targets & mask).sum((1, 2))[:, None].astype(float)
-    x, yx, xx = sums[0].numpy(), sums[1:-1].numpy(), sums[-1].numpy()
-    r = pearson(n, x, y, xx, y, yx)
-    return Correlations(r[:, :n_feats], r[:, n_feats:])
+    at, n = fitting(model, sae, windows), len(targets)
+    of_features, of_neurons = Sums(sae.cfg.n_feats, n), Sums(n, at.d_in)
+    for s in feature_pass(at, sae, windows, desc='selecting', keep=mask):
+        f, x = _used(s, sae, mask)
+        y = targets[:, s.rows][:, mask[s.rows]].T
+        of_features.add(f, y)
+        of_neurons.add(y, x)
+    return Correlations(of_features.r().T, of_neurons.r())
+
+def _used(s:Slice, sae:SAE, mask:np.ndarray) -> tuple[csr_array, np.ndarray]:
+    "Features and neurons at the tokens of a mask, a row each."
+    use = mask[s.rows].ravel()
+    acts = s.acts.flatten(0, 1).cpu().numpy()
+    return s.active.matrix(sae.cfg.n_feats)[use], acts[use]
 
 # %% ../nbs/10_proxies.ipynb #b298790e
 @dataclass(frozen=True)
@@ -259,7 +295,7 @@ def test_contexts(
     if chosen: best, rival = zip(*(chosen[c.name] for c in contexts))
     else:
         corr = correlate(at, sae, windows, inside, select)
-        best, rival = _strongest(corr.features), _strongest(corr.neurons)
+        best, rival = corr.strongest()
     tests, tables, acts = [], {}, _followed(at, sae, windows, best, rival)
     for i,c in enumerate(contexts):
         columns = dict(act=acts[0][..., i], neuron=acts[1][..., i], inside=inside[i],
@@ -283,16 +319,13 @@ def _testable(name:str, inside:np.ndarray, select:np.ndarray, chosen:dict|None) 
                             stacklevel=3)
     return not lacks
 
-def _strongest(r:np.ndarray) -> np.ndarray:
-    "Index of the largest correlation of each context; the first where none is defined."
-    return np.where(np.isnan(r), -np.inf, r).argmax(1)
-
 def _followed(at, sae:SAE, windows:TokenWindows, features, neurons) -> list[np.ndarray]:
     "Activations (n_windows, pos, n) of some features and of some neurons."
     few = restrict(sae, np.array(features))
     passes = feature_pass(at, few, windows, batch=64, desc='measuring')
-    acts = [(s.features, s.acts[..., list(neurons)]) for s in passes]
-    return [torch.cat(a).cpu().numpy() for a in zip(*acts)]
+    acts = [(np.stack([s.of(i) for i in range(len(features))], -1),
+             s.acts[..., list(neurons)].cpu().numpy()) for s in passes]
+    return [np.concatenate(a) for a in zip(*acts)]
 
 def _promoted(at, direction:Tensor, tok:Tokenizer) -> list[str]:
     "The tokens that a direction promotes most; none where the way is not linear."
@@ -339,18 +372,15 @@ def neuron_correlations(
     model, # A model of `build_transformer`, or any from `at_hook`
     sae:SAE, # A dictionary of its activations
     windows:TokenWindows, # The text
-    features:list[int], # Which features
+    features:list[int]|range, # Which features
     mask:Bool[np.ndarray, 'n_windows pos'], # Tokens to use
 ) -> Float[np.ndarray, 'n d_in']: # Pearson's r; NaN where either never varies
     "Correlate some features' activations with every neuron's in one pass."
-    at, few, sums = fitting(model, sae, windows), restrict(sae, features), {}
-    for s in feature_pass(at, few, windows, batch=64, desc='neurons'):
-        use = torch.as_tensor(mask[s.rows])
-        f, x = s.features.cpu()[use].double(), s.acts.cpu()[use].double()
-        part = dict(n=torch.tensor(len(f)), f=f.sum(0)[:, None], x=x.sum(0),
-                    ff=f.square().sum(0)[:, None], xx=x.square().sum(0), fx=f.T@x)
-        sums = {k: sums.get(k, 0)+v for k,v in part.items()}
-    return pearson(*(sums[k] for k in ('n', 'f', 'x', 'ff', 'xx', 'fx')))
+    at, few = fitting(model, sae, windows), restrict(sae, features)
+    sums = Sums(len(features), at.d_in)
+    for s in feature_pass(at, few, windows, batch=64, desc='neurons', keep=mask):
+        sums.add(*_used(s, few, mask))
+    return sums.r()
 
 # %% ../nbs/10_proxies.ipynb #c100000f
 def n_carrying(

@@ -3,17 +3,19 @@ import warnings
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from monosem.activations import ActivationStream, StreamConfig
 from monosem.tokens import TokenWindows, load_tokenizer, windows_from_ids
 from monosem.evaluation import evaluate
-from monosem.features import examples, feature_pass, feature_stats, logit_weights, restrict
+from monosem.features import examples, feature_pass, feature_stats, logit_weights, restrict, vector_stats
 from monosem.hooked import (HookedModel, NeuronModel, at_hook, fitting, kept, mean_acts, only_at,
                             sample, text_ids)
-from monosem.neuron_embeddings import features_of, neurons_of
-from monosem.proxies import correlate
+from monosem.neuron_embeddings import features_of, neurons_of, strong_examples
+from monosem.proxies import correlate, neuron_correlations
 from monosem.sae import SAE, SAEConfig, load_sae, save_sae
 from monosem.steering import pin, steer
 from monosem.training import SAETrainConfig, train_sae
@@ -169,6 +171,77 @@ def test_correlations_of_a_stranger_are_those_of_numpy(place):
         for got, v in ((c.features, f), (c.neurons, x[mask].numpy())):
             want = [np.corrcoef(col, y)[0, 1] for col in v.T]
             assert np.allclose(got[0], want, atol=1e-4, equal_nan=True)
+
+
+PASSES = {'evaluate': lambda at, sae, w: evaluate(at, sae, w), 'feature_stats': lambda at, sae, w: feature_stats(at, sae, w),
+          'correlate': lambda at, sae, w: correlate(at, sae, w, (w.tokens % 3 == 0)[None], w.tokens % 7 != 0),
+          'neuron_correlations': lambda at, sae, w: neuron_correlations(at, sae, w, [1, 0], w.tokens % 7 != 0),
+          'vector_stats': lambda at, sae, w: vector_stats(sae, at(w.ids()).flatten(0, 1)),
+          'strong_examples': lambda at, sae, w: strong_examples(features_of(at, sae), w)}
+
+
+@pytest.mark.parametrize('name', PASSES)
+def test_no_pass_holds_a_number_for_every_token_and_feature(name, monkeypatch):
+    "Neither encodes densely, nor makes any array of all tokens by features."
+    n_feats, w = 3000, _windows(64)
+    at, sae, largest = at_hook(_native(), 'blocks.1.mlp.hook_post'), _sae(48, n_feats), []
+    with torch.no_grad(): sae.b_enc -= 25.
+    def refused(self, *_): raise AssertionError('a dense array of features')
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **kwargs or {})
+            largest.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor) and n_feats in t.shape)
+            return out
+    monkeypatch.setattr(SAE, 'encode', refused)
+    monkeypatch.setattr(scipy.sparse.csr_array, 'toarray', refused)
+    with Watch(): PASSES[name](at, sae, w)
+    assert max(largest, default=0) < w.n_tokens*n_feats
+
+
+@pytest.mark.parametrize('name', ['evaluate', 'feature_stats', 'correlate', 'neuron_correlations', 'vector_stats', 'strong_examples'])
+def test_activations_that_are_no_numbers_are_named(name):
+    "They fire nothing: a pass that went on would leave them out without a word."
+    class Broken(HookedModel):
+        def __call__(self, tokens):
+            x = super().__call__(tokens)
+            x[tokens == 12] = bad
+            return x
+    at, w = Broken(_native(), 'blocks.1.mlp.hook_post'), _windows()
+    w.tokens[3, 5] = 12
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match='NaN or infinit'): PASSES[name](at, _sae(48), w)
+
+
+def test_what_does_not_count_is_not_looked_at():
+    "Tokens left out may be anything; a window of them alone, too."
+    class Broken(HookedModel):
+        def __call__(self, tokens):
+            x = super().__call__(tokens)
+            x[tokens == 12] = torch.nan
+            return x
+    model, sae, w = _native(), _sae(48), _windows(40)
+    w.tokens[17:35] = 12
+    whole, broken = at_hook(model, 'blocks.1.mlp.hook_post'), Broken(model, 'blocks.1.mlp.hook_post')
+    a, b = (vars(feature_stats(at, sae, w, skip_tokens=12)) for at in (whole, broken))
+    assert all(np.array_equal(a[k], b[k]) for k in a) and a['n_tokens'] == (w.tokens != 12).sum()
+    mask, target = w.tokens != 12, (w.tokens % 2 == 0)[None]
+    for f in (lambda at: correlate(at, sae, w, target, mask).features, lambda at: neuron_correlations(at, sae, w, [3], mask)):
+        assert np.array_equal(f(whole), f(broken), equal_nan=True) and np.isfinite(f(broken)).any()
+    none = correlate(whole, sae, w, target, mask & False)
+    assert np.isnan(none.features).all() and none.features.shape == (1, 20) and np.isnan(none.neurons).all() and none.neurons.shape == (1, 48)
+    with pytest.raises(ValueError, match='no position that counts'): feature_stats(whole, sae, w, skip_tokens=range(VOCAB))
+    with pytest.raises(ValueError, match='choice of tokens'): next(feature_pass(whole, sae, w, keep=mask[1:]))
+
+
+def test_a_slice_gives_one_feature_densely():
+    at, sae, w = at_hook(_native(), 'blocks.1.mlp.hook_post'), _sae(48), _windows(20)
+    with torch.no_grad(): sae.b_enc[4] = -1e6  # dead
+    keep = w.tokens % 3 > 0
+    for mask in (None, keep):
+        for s in feature_pass(at, sae, w, batch=5, keep=mask):
+            f = sae.encode(s.acts).detach().numpy()*(1 if mask is None else keep[s.rows][..., None])
+            assert all(np.allclose(s.of(j), f[..., j], atol=1e-5) for j in range(20)) and not s.of(4).any()
+            assert len(s.active.start) == s.tokens.numel()+1 and (np.diff(s.active.row) >= 0).all()
 
 
 DEFINED = ('two layers, GELU', 'gated, RMS', 'residual stream', 'MLP output', 'heads', 'grouped queries')
@@ -372,7 +445,7 @@ def test_numbers_do_not_depend_on_grad_mode():
     at, sae, w = at_hook(_native(), 'blocks.1.mlp.hook_post'), _sae(48), _windows()
     assert torch.is_grad_enabled() and feature_stats(at, sae, w).n_tokens == w.n_tokens
     for s in feature_pass(at, sae, w):
-        assert torch.is_grad_enabled() and not s.features.requires_grad
+        assert torch.is_grad_enabled() and not s.acts.requires_grad
 
 
 def test_a_model_at_a_hook_point_knows_that_it_was_trained_on():

@@ -3,11 +3,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.sparse import csr_array
 
 from monosem.core import Estimate
-from monosem.evaluation import _evaluation
-from monosem.features import FeatureStats, colored_text, logit_weights, restrict, top_tokens
-from monosem.proxies import (CONTEXTS, FLOOR, alphabet_proxy, in_kinds, n_carrying,
+from monosem.evaluation import _evaluation, reconstruct
+from monosem.features import FeatureStats, Tally, colored_text, logit_weights, restrict, top_tokens
+from monosem.active import ActiveSet, active_set
+from monosem.proxies import (CONTEXTS, FLOOR, Sums, alphabet_proxy, in_kinds, n_carrying,
                              neuron_correlations, proxy, rivalry, script_share, unigram)
 from monosem.sae import SAE, SAEConfig
 from monosem.steering import (PATTERNS, PROMPT, dose_response, pin, push,
@@ -251,7 +253,7 @@ def test_a_neuron_is_correlated_with_a_feature_on_the_masked_tokens():
     w, mask = windows_from_ids(rng.integers(0, 8192, (6, 32)).tolist()), rng.random((6, 32)) < .5
     s = next(feature_pass(model, sae, w))
     got = neuron_correlations(model, sae, w, [5, 1], mask)
-    f, x = s.features.numpy()[mask], s.acts.numpy()[mask]
+    f, x = sae.encode(s.acts).detach().numpy()[mask], s.acts.numpy()[mask]
     assert got.shape == (2, 24)
     assert np.allclose(got[1], np.corrcoef(f[:, 1], x.T)[0, 1:], atol=1e-5, equal_nan=True)
 
@@ -280,3 +282,69 @@ def test_kinds_that_a_text_lacks_are_ignored(mini, tok):
     w = token_windows(mini, tok, Mixture(budget=60_000), validation=True, spread=True, n_ctx=64)
     assert np.array_equal(in_kinds(w, ('dna', 'klingon')), w.kind == w.kinds.index('dna'))
     assert not in_kinds(w, ('klingon',)).any()
+
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+def test_statistics_added_up_are_those_of_the_dense_array(dtype, seed):
+    "Dead features, vectors on which nothing fires, ties, parts of any length, one vector, none."
+    rng = np.random.default_rng(seed)
+    n, n_feats, k = int(rng.integers(1, 300)), 7, int(rng.integers(1, 6))
+    f = (rng.integers(1, 40, (n, n_feats))/8*(rng.random((n, n_feats)) < .3)).astype(dtype)
+    f[:, 2], f[rng.random(n) < .2] = 0, 0
+    tally = Tally(n_feats, k)
+    for part in np.split(f, np.sort(rng.integers(0, n+1, 9))):
+        m = csr_array(part)
+        tally.add(ActiveSet(m.indptr.astype(np.int64), m.indices.astype(np.int32), m.data))
+    s = tally.stats()
+    order = np.lexsort((np.arange(n)[:, None]+0*f, -f), axis=0)[:k].T  # the first of equal ones first
+    want = np.take_along_axis(f.T, order, 1)
+    want, order = (np.pad(a, ((0, 0), (0, k-a.shape[1]))) for a in (want, order))
+    assert np.array_equal(s.top_act, want) and np.array_equal(s.top, np.where(want > 0, order, -1))
+    assert np.array_equal(s.max_act, f.max(0)) and np.allclose(s.freq, (f > 0).mean(0)) and s.n_tokens == n
+    assert np.allclose(s.mean_act, f.sum(0)/np.maximum((f > 0).sum(0), 1)) and s.top_act.dtype == dtype
+    assert np.allclose(tally.stats(2*n).freq, s.freq/2)
+
+
+def test_strongest_are_kept_while_the_rest_is_forgotten():
+    "Ten thousand entries of two features: no more than a few are held at a time."
+    rng, tally, values = np.random.default_rng(0), Tally(2, 3), []
+    for _ in range(100):
+        v = rng.random(100).astype(np.float32)
+        tally.add(ActiveSet(np.arange(101), np.arange(100, dtype=np.int32) % 2, v))
+        values.append(v)
+        assert sum(len(p[0]) for p in tally.strong) <= 12+100
+    v = np.concatenate(values)
+    assert all(np.array_equal(tally.stats().top_act[j], np.sort(v[j::2])[:-4:-1]) for j in (0, 1))
+    assert np.array_equal(v[tally.stats().top], tally.stats().top_act)
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_sums_give_the_correlations_of_numpy(seed):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(3, 200))
+    x, y = rng.random((n, 6))*(rng.random((n, 6)) < .4), 1e4+rng.normal(size=(n, 3))
+    x[:, 1], y[:, 2] = 0, 5.
+    cuts, sparse, dense = np.sort(rng.integers(0, n+1, 4)), Sums(6, 3), Sums(6, 3)
+    for a, b in zip(np.split(x, cuts), np.split(y, cuts)):
+        sparse.add(csr_array(a.astype(np.float32).astype(float)), b)
+        dense.add(a.astype(np.float32), b)
+    with np.errstate(invalid='ignore', divide='ignore'): want = np.corrcoef(x.T, y.T)[:6, 6:]
+    want[1] = want[:, 2] = np.nan
+    for got in (sparse.r(), dense.r()): assert np.allclose(got, want, atol=1e-5, equal_nan=True)
+    assert np.isnan(Sums(6, 3).r()).all() and Sums(6, 3).r().shape == (6, 3)
+
+
+@pytest.mark.parametrize('shift', [0, -30, 30])
+def test_what_fired_reconstructs(shift):
+    "Also where nothing fires, or everything."
+    sae, x = SAE(SAEConfig(6, 40, start='random')), 3*torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        sae.b_enc += shift
+        sae.b_dec += .5
+        x[4] = sae.b_dec
+    active = active_set(sae, x)
+    assert len(active.index) == {0: len(active.index), -30: 0, 30: 360}[shift]
+    atol = 1e-6*len(active.index)+1e-5  # of sums of up to 40 activations of 30
+    assert torch.allclose(reconstruct(sae, active), sae(x), atol=atol)
+    assert torch.allclose(reconstruct(sae.double(), active), sae(x.double()), atol=atol)

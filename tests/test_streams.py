@@ -95,6 +95,14 @@ def test_statistics_of_vectors_without_a_model():
         assert np.allclose(s.mean_act, f.sum(0)/(f > 0).sum(0).clamp(min=1))
 
 
+def test_statistics_with_a_dictionary_in_float64():
+    sae, x = SAE(SHAPE).double(), _x()
+    with torch.no_grad(): f = sae.encode(x.double())
+    s, top = vector_stats(sae, x, k=2), f.topk(2, dim=0)
+    assert np.allclose(s.top_act, top.values.T) and (s.top == top.indices.T.numpy()).all()
+    assert np.allclose(s.freq, (f > 0).double().mean(0)) and np.allclose(s.mean_act, f.sum(0)/(f > 0).sum(0).clamp(min=1))
+
+
 def test_a_feature_that_fires_on_few_vectors_has_few_examples():
     sae = SAE(SAEConfig(2, 3, start='random'))
     with torch.no_grad():

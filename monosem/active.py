@@ -46,7 +46,7 @@ class ActiveSet(NamedTuple):
 def _rounding(njit:Callable) -> tuple:
     "Loops over the rows of a matrix: their norms, and their copies in eight bits."
     from numba import int32, prange
-    zero, half, tiny = np.float32(0), np.float32(.5), np.float32(1e-37)
+    zero, half, tiny = np.float32(0), np.float32(.5), np.float32(1e-36)
 
     @njit('(f4[:,::1], f4[::1], f4[::1])', parallel=True)
     def norms(A, norm, largest):
@@ -83,7 +83,7 @@ def _rounding(njit:Callable) -> tuple:
 UNUSABLE = RuntimeError, OSError, EOFError, UnpicklingError
 
 @lru_cache
-def _kernels(make:Callable) -> tuple:
+def _kernels(make:Callable) -> Callable|tuple:
     "Compiled loops; numba compiles them or reads its cache at the first use."
     try: return make(_njit(cache=True))
     except UNUSABLE as e:
@@ -184,11 +184,11 @@ class _BFloat16:
 
 # %% ../nbs/06a_active.ipynb #6177e6c1
 class _Int8:
-    "Both factors rounded to eight bits; their product is exact."
+    "Both factors rounded to eight bits; their product is a sum of whole numbers."
     def __init__(self, e:_Encoder):
         q, n_feats = _rounded(e.rows, 127), len(e.bias)
         self.W = torch.ops.onednn.qlinear_prepack(q.number, None)
-        with np.errstate(over='ignore'):  # infinity makes a candidate
+        with np.errstate(over='ignore'):  # where a step is tiny, the bias decides
             self.norm, self.high = e.rows.norm/q.step, e.high/q.step
         self.rest = np.float32(1.01)*(q.rest/q.step).max()
         self.units = torch.ones(n_feats), torch.zeros(n_feats, dtype=torch.int32)
@@ -230,7 +230,8 @@ def able() -> tuple[str, ...]: # Keys of `PRODUCTS`
         return (_Int8(_encoder(W, W[:, 0]))(_rows(x)).pre == x@W.T).all()
     try: bytes_are_exact = exact(127) and exact(-63)
     except (RuntimeError, AttributeError, NotImplementedError): bytes_are_exact = False
-    return ('float32', 'bfloat16')+('int8',)*bool(bytes_are_exact)
+    always = 'float32', 'bfloat16'
+    return (*always, 'int8') if bytes_are_exact else always
 
 # %% ../nbs/06a_active.ipynb #4e90088a
 def _deciding(njit:Callable) -> tuple:
@@ -248,12 +249,12 @@ def _deciding(njit:Callable) -> tuple:
             s, rho, tau = scale[b], error[b], floor[b]
             for j0 in range(0, n_feats, 16):
                 j1, some = min(j0+16, n_feats), int32(0)
-                for j in range(j0, j1):
-                    some += int32(row[j]*s+rho*norm[j]+high[j] > tau)
+                for j in range(j0, j1):  # NaN in the bound excludes nothing
+                    some += int32(not row[j]*s+rho*norm[j]+high[j] <= tau)
                 if some:  # most blocks of 16 have none, found by vector instructions
                     for j in range(j0, j1):
                         found[n] = j
-                        n += int32(row[j]*s+rho*norm[j]+high[j] > tau)
+                        n += int32(not row[j]*s+rho*norm[j]+high[j] <= tau)
             n_candidates[b], kept = n, 0
             for k in range(n):
                 w, dot = W[found[k]], zero
@@ -284,16 +285,17 @@ class _Search:
         self.e, self.limit = e, screen.limit
         self.exact = _Float32(e)
         plain = screen.product == 'float32'
-        self.coarse = self.exact if plain else PRODUCTS[screen.product](e)
+        self.product = self.exact if plain else PRODUCTS[screen.product](e)
         self.index = np.empty((tile, len(e.bias)), np.int32)
         self.n_vectors = self.n_candidates = self.n_active = 0
 
     def __call__(self, values:np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         "Of each vector how many are active; of each entry feature and activation."
         e, x, n = self.e, _rows(values), len(values)
-        false = self.n_candidates-self.n_active
-        product = self.coarse if false <= self.limit*self.n_vectors else self.exact
-        c, (n_candidates, n_active) = product(x), np.empty((2, n), np.int64)
+        n_false = (self.n_candidates-self.n_active)/max(1, self.n_vectors)
+        if n_false > self.limit: self.product = self.exact  # from here on
+        c, product = self.product(x), self.product
+        n_candidates, n_active = np.empty((2, n), np.int64)
         decide, copy_out = _kernels(_deciding)
         decide(c.pre, c.scale, c.error+e.slack*x.norm, c.floor, product.norm,
                product.high, values, e.rows.values, e.bias, self.index,
@@ -355,7 +357,7 @@ def fastest(
     n_feats:int, # Features
     n_threads:int, # As many as torch has now
 ) -> Screen: # `float32` where nothing is gained
-    "The product with which a search takes least time here; measured, about a second."
+    "The product with which a search takes least time here; measured, in seconds."
     e, x = _trial(d_in, n_feats)
     wide = e._replace(high=e.high+.5*e.rows.norm)  # finds more to look at
     def search(product, e=e):
@@ -364,7 +366,7 @@ def fastest(
         return time.perf_counter()-start, (s.n_candidates-s.n_active)/s.n_vectors
     search('float32')  # compiles the loops
     most = 3*search('float32')[0]
-    ways = [p for p in able() if search(p)[0] < most]
+    ways = [p for p in able() if p == 'float32' or search(p)[0] < most]
     turns = [{p: (search(p), search(p, wide)) for p in ways} for _ in range(5)]
     times = {p: np.array([t[p] for t in turns]) for p in ways}  # (turn, which, what)
     best = min(ways, key=lambda p: np.median(times[p][:, 0, 0]))
@@ -385,7 +387,7 @@ def _trial(d_in:int, n_feats:int) -> tuple[_Encoder, Tensor]:
 def screen_for(
     d_in:int, # Width of the activations
     n_feats:int, # Features
-    n_vectors:int=4096, # Vectors at once; below 512 nothing is screened
+    n_vectors:int=4096, # At once; below 512, or 2**18 weights, nothing is screened
 ) -> Screen: # For `active_set`
     "The fastest way here, or the one that $MONOSEM_SCREEN names."
     if forced := os.environ.get('MONOSEM_SCREEN'):
@@ -395,5 +397,5 @@ def screen_for(
               f'one of {sorted(able())}', 'unset it to have the fastest chosen',
               RuntimeError)
         return Screen(forced)
-    if n_vectors < 512: return Screen()
+    if n_vectors < 512 or d_in*n_feats < 2**18: return Screen()
     return fastest(d_in, min(n_feats, 4096), torch.get_num_threads())

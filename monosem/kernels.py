@@ -166,9 +166,9 @@ def _weighing(njit:Callable) -> Callable:
                             enc[d] += (g0*x0[d]+g1*x1[d])+(g2*x2[d]+g3*x3[d])
                         total += (g0+g1)+(g2+g3)
                     for p in range(fours, end):
-                        r, v, vector, g = delta[row[p]], value[p], x[row[p]], zero
+                        r, v, vector = delta[row[p]], value[p], x[row[p]]
+                        g = np.float32(push)
                         for d in range(d_in): g += r[d]*w[d]
-                        g += np.float32(push)
                         for d in range(d_in):
                             dec[d] += v*r[d]
                             enc[d] += g*vector[d]
@@ -180,7 +180,7 @@ def _weighing(njit:Callable) -> Callable:
     return weights
 
 # %% ../nbs/06a_kernels.ipynb #5a66132a
-TILE_BYTES = 2**20 # Of x and delta, that stay in a core's cache
+TILE_BYTES = 2**20 # Of x and delta, that stay in a core's caches
 
 @torch.no_grad()
 def sparse_gradients(
@@ -207,7 +207,7 @@ def _weight_sums(sae:SAE, x:np.ndarray, delta:np.ndarray, found:ActiveSet, l1:fl
                  tile_bytes:int=TILE_BYTES):
     "How often each feature fired; gradients of W_enc.T, b_enc and W_dec."
     W, b_dec = (p.detach().contiguous().numpy() for p in (sae.W_dec, sae.b_dec))
-    tile = max(1, tile_bytes//(8*W.shape[1]))
+    tile = max(1, tile_bytes//(8*W.shape[1]))  # 4 bytes a number, of x and delta
     by_feature, weights = _kernels(_ordering), _kernels(_weighing)
     first, row, value = by_feature(*found, len(W), tile)
     W_enc_T, W_dec, b_enc = np.empty_like(W), np.empty_like(W), np.empty_like(W[:, 0])
@@ -324,8 +324,7 @@ def update(
         state['step'] += 1
         t, (beta1, beta2) = state['step'].item(), group['betas']
         rate, root = group['lr']/(1-beta1**t), (1-beta2**t)**.5
-        rows = (_by_rows(a) for a in (p, state['exp_avg'], state['exp_avg_sq']))
-        W, mean, square = rows
+        W, mean, square = map(_by_rows, (p, state['exp_avg'], state['exp_avg_sq']))
         adam(W, grads[name], mean, square, scale, rate, beta1, beta2, root,
              group['eps'], name == 'W_dec')
 

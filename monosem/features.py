@@ -181,7 +181,7 @@ class Tally:
             self._prune()
 
     def _prune(self) -> tuple[np.ndarray, ...]:
-        "Keep the k strongest of each feature, the first of equal ones before the others."
+        "Keep the k strongest of each feature; of equal ones the first."
         feature, act, place = map(np.concatenate, zip(*self.strong))
         order = np.lexsort((place, -act, feature))
         feature = feature[order]

@@ -91,8 +91,9 @@ def _share_of_parts(windows:TokenWindows, names:list[bytes], partial:list[int], 
     for row in windows.tokens[np.isin(windows.tokens, partial).any(1)]:
         parts = [names[t] for t in row]
         chars = b''.join(parts).decode('utf-8', 'surrogateescape')
-        widths = [len(c.encode('utf-8', 'surrogateescape')) for c in chars]
-        flag = np.repeat([inside(c) for c in chars], widths)
+        known = {c: (inside(c), len(c.encode('utf-8', 'surrogateescape')))
+                 for c in set(chars)}
+        flag = np.repeat(*zip(*(known[c] for c in chars)))
         ends = np.cumsum([len(p) for p in parts])
         without_spaces = np.array([len(p.lstrip()) for p in parts])
         first = np.minimum(ends-without_spaces, len(flag)-1)

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .active import ActiveSet, _kernels, _same_place, active_set
+from .active import (ActiveSet, _follow_torch_threads, _kernels, _same_place,
+                            active_set)
 from .core import check
 from .sae import SAE, SAELoss, normalize_decoder, remove_parallel_gradient
 
@@ -314,6 +315,7 @@ def update(
 ) -> None:
     "`plain_update` in two loops over rows, wherever `opt` allows it."
     if not _usual_adam(sae, opt, out): return plain_update(sae, opt, out, clip)
+    _follow_torch_threads()
     project, adam = _kernels(_updating)
     grads = {k: _by_rows(getattr(out, k)) for k,_ in sae.named_parameters()}
     squares = np.empty(sae.cfg.n_feats, np.float32)

@@ -221,8 +221,8 @@ def _weight_sums(sae:SAE, x:np.ndarray, delta:np.ndarray, found:ActiveSet, l1:fl
 class DensitySwitch:
     "Gradients the sparse way while few features fire, the dense way otherwise."
     def __init__(self,
-        low:float=.09, # Go sparse below this share of active features
-        high:float=.12, # Stay sparse below this share
+        low:float=.15, # Go sparse below this share of active features
+        high:float=.2, # Stay sparse below this share
         way:Callable=sparse_gradients, # The sparse way
     ):
         check(0 <= low <= high <= 1, f'low={low}, high={high}', '0 <= low <= high <= 1',

@@ -147,7 +147,7 @@ class Product:
     "A limit: one matrix product of the encoder's size, and nothing else."
     packages, dtype = ('torch',), torch.float32
 
-    def __init__(self, n_feats, batch, n_steps, lr): self.W, self.out, self.x = torch.randn(D_IN, n_feats, dtype=self.dtype), torch.empty(batch, n_feats, dtype=self.dtype), None
+    def __init__(self, n_feats, batch, n_steps, lr): self.W, self.out, self.x = torch.randn(n_feats, D_IN).to(self.dtype).T, torch.empty(batch, n_feats, dtype=self.dtype), None
 
     def step(self, x):
         if self.x is None: self.x = x.to(self.dtype)  # once: rounding the inputs is no part of the limit

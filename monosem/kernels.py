@@ -336,6 +336,9 @@ def _usual_adam(sae:SAE, opt, out:Gradients) -> bool:
     unusual = 'weight_decay', 'amsgrad', 'maximize', 'capturable', 'differentiable'
     if any(opt.param_groups[0].get(k) for k in unusual): return False
     if isinstance(opt.param_groups[0]['lr'], Tensor): return False
+    # someone listens to its steps, or has replaced them, as schedulers do
+    watched = opt._optimizer_step_pre_hooks or opt._optimizer_step_post_hooks
+    if watched or 'step' in vars(opt): return False
     def fits(name, p):
         alike = getattr(out, name), *map(opt.state[p].get, ('exp_avg', 'exp_avg_sq'))
         here = p.dtype == torch.float32 and p.device.type == 'cpu'

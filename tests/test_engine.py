@@ -213,6 +213,19 @@ def test_other_optimisers_and_layouts_go_the_plain_way(how):
     for p, q in zip(_moved(update, .2, n_steps=5, **how).parameters(), _moved(plain_update, .2, n_steps=5, **how).parameters()): assert torch.allclose(p, q, atol=1e-6)
 
 
+@pytest.mark.parametrize('watch', ['register_step_pre_hook', 'register_step_post_hook', 'scheduler'])
+def test_who_listens_to_an_optimisers_steps_hears_all_of_them(watch):
+    sae, x = _example(24, 60, 50, -.3, 1)
+    opt, heard = torch.optim.Adam(sae.parameters(), lr=1e-2), []
+    if watch == 'scheduler':
+        torch.optim.lr_scheduler.LambdaLR(opt, lambda i: 1.)
+        inner = opt.step
+        opt.step = lambda: heard.append(1) or inner()
+    else: getattr(opt, watch)(lambda *_: heard.append(1))
+    for _ in range(3): update(sae, opt, sparse_gradients(sae, x, .3))
+    assert len(heard) == 3
+
+
 def test_an_update_keeps_the_decoders_rows_at_norm_one():
     assert torch.allclose(_moved(update, .2).W_dec.norm(dim=1), torch.ones(60), atol=1e-6)
 

@@ -18,12 +18,13 @@ INSTRUCTIONS = ('avx2', 'fma', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'avx512_
                 'asimd', 'sve', 'bf16', 'i8mm')  # of /proc/cpuinfo: those that decide how fast products are
 D_IN = 512
 FULL = dict(vectors=2_097_152, held=4096, corpus='core', budget=None,
-            step=[(n, batch, l0) for n in (4096, 16384) for batch in (4096, 8192) for l0 in (20, 50, 200, 1000, n//2)], rounds={4096: 9, 16384: 5}, seconds=.5,
-            mixed=[(4096, 4096, 20)], mixed_rounds=1,  # a processor without bf16 products takes half a minute for a step of SAELens
+            step=[(n, batch, l0) for n in (4096, 16384) for batch in (4096, 8192) for l0 in (20, 50, 200, 1000, n//2)], rounds={4096: 7, 16384: 3}, seconds=.5,
+            mixed=[(4096, batch, l0) for batch in (4096, 8192) for l0 in (20, 50, 200)],
             run=[(4096, 4096)], repeats={4096: 1}, every=16, rates=(1e-3, 3e-3, 1e-2))
-QUICK = dict(vectors=81_920, held=1024, corpus='mini', budget=400_000, step=[(1024, 2048, l0) for l0 in (20, 512)], rounds={1024: 3}, seconds=.05, mixed=[(1024, 2048, 20)], mixed_rounds=2,
+QUICK = dict(vectors=81_920, held=1024, corpus='mini', budget=400_000, step=[(1024, 2048, l0) for l0 in (20, 512)], rounds={1024: 3}, seconds=.05, mixed=[(1024, 2048, 20)],
              run=[(1024, 2048)], repeats={1024: 1}, every=4, rates=(1e-3, 1e-2))
 NEVER = 'never'
+PATIENCE = 5  # seconds: a processor without bf16 products takes half a minute for a step in them, and is not asked for a second one
 
 
 # -- what the processes need
@@ -135,17 +136,17 @@ def counts(n_feats, batch, l0, sparse):
 
 
 def measure_step(plan, folder, n_feats, batch, l0):
-    "Seconds of one step at a density, in turns; those that compute in bf16 take part in the first rounds only."
+    "Seconds of one step at a density, in turns; what computes in bf16, and slowly, takes part in the first round only."
     setting, seconds, encode, memory = (n_feats, batch, l0), {}, [], {}
     peers = *PEERS, *(MIXED.values() if setting in plan['mixed'] else ())
-    slow = *MIXED.values(), 'product bf16'
+    rounded = *MIXED.values(), 'product bf16'
     with Workers((OURS, *peers, *LIMITS)) as workers:
         versions = {k: v for w in workers.all.values() for k,v in w.versions.items()}
         found = workers.ask(0, do='prepare', data=folder/'train.f16', n_feats=n_feats, batch=batch, l0=l0)
         active = [a['l0'] for a in found.values() if a['l0'] is not None]
         if max(active)-min(active) > .01*l0: raise ValueError(f'got L0 of {active}; expected the same for all; compare how the weights are loaded.')
         for r in range(plan['rounds'][n_feats]):
-            for name, a in workers.ask(r, slow if r >= plan['mixed_rounds'] else (), do='turn', seconds=plan['seconds']).items():
+            for name, a in workers.ask(r, [n for n in rounded if min(seconds.get(n, [0])) > PATIENCE], do='turn', seconds=plan['seconds']).items():
                 seconds.setdefault(name, []).append(a['seconds'])
                 memory[name] = dict(baseline_mb=round(a['baseline_mb']), peak_mb=round(a['peak_mb']))
                 if name == OURS: encode.append(a['encode'])

@@ -236,7 +236,7 @@ def able() -> tuple[str, ...]: # Keys of `PRODUCTS`
 # %% ../nbs/06a_active.ipynb #4e90088a
 def _deciding(njit:Callable) -> tuple:
     "Loops that settle which features are active, and copy them out of a tile."
-    from numba import int32, prange
+    from numba import prange
     zero = np.float32(0)
 
     @njit('(f4[:,::1], f4[::1], f4[::1], f4[::1], f4[::1], f4[::1],'
@@ -244,17 +244,18 @@ def _deciding(njit:Callable) -> tuple:
     def decide(pre, scale, error, floor, norm, high,
                x, W, bias, index, n_candidates, n_active):
         n_feats, d_in = W.shape
+        eights = (n_feats+7)//8
         for b in prange(pre.shape[0]):
             row, found, vector, n = pre[b], index[b], x[b], 0
             s, rho, tau = scale[b], error[b], floor[b]
-            for j0 in range(0, n_feats, 16):
-                j1, some = min(j0+16, n_feats), int32(0)
-                for j in range(j0, j1):  # NaN in the bound excludes nothing
-                    some += int32(not row[j]*s+rho*norm[j]+high[j] <= tau)
-                if some:  # most blocks of 16 have none, found by vector instructions
-                    for j in range(j0, j1):
+            could = np.zeros(8*eights, np.uint8)
+            for j in range(n_feats):  # NaN in the bound excludes nothing
+                could[j] = not row[j]*s+rho*norm[j]+high[j] <= tau
+            for k, some in enumerate(could.view(np.int64)):
+                if some:  # most eights have none
+                    for j in range(8*k, min(8*k+8, n_feats)):
                         found[n] = j
-                        n += int32(not row[j]*s+rho*norm[j]+high[j] <= tau)
+                        n += could[j]
             n_candidates[b], kept = n, 0
             for k in range(n):
                 w, dot = W[found[k]], zero

@@ -41,6 +41,7 @@ class Scale(Config):
     name: str
     corpus: str = 'core'                          # See `load_corpus`
     mixture: Mixture = Mixture(budget=7_000_000)  # Kinds, and training tokens
+    held: Mixture = Mixture()                     # Kinds of the validation text
     d_vocab: int = 8192                           # Tokens; a small corpus gives fewer
     tokenizer_bytes: int = 20_000_000             # Text the tokenizer is trained on
     model: TransformerConfig = TransformerConfig() # Of A; vocabulary: the tokenizer's
@@ -64,7 +65,7 @@ _TINY = Scale(
     lm_validation=20_000, eval_tokens=20_000, test_tokens=150_000)
 
 _PAPER_SCALE = Scale(
-    'paper', mixture=Mixture(budget=300_000_000),
+    'paper', mixture=Mixture.paper(budget=300_000_000),
     lm=LMTrainConfig(batch=128, lr=2e-3, eval_every=2000),
     sae=SAEConfig(start='random'),
     stream=StreamConfig(batch=8192, block=2**21, per_window=250),
@@ -72,7 +73,10 @@ _PAPER_SCALE = Scale(
     resample=ResampleConfig.paper(window=2_000_000),
     lm_validation=1_000_000, eval_tokens=2_000_000, test_tokens=10_000_000)
 
-SCALES = {s.name: s for s in (_TINY, Scale('small'), _PAPER_SCALE)}
+_FULL = Scale('full', mixture=Mixture.paper(budget=150_000_000),
+              lm=LMTrainConfig(eval_every=1000))
+
+SCALES = {s.name: s for s in (_TINY, Scale('small'), _FULL, _PAPER_SCALE)}
 
 # %% ../nbs/17b_reproduce.ipynb #9e911779
 class Stages:
@@ -134,7 +138,7 @@ class _Texts(dict):
     def __missing__(self, budget:int|None) -> TokenWindows: # None for training
         mixture, how = self.scale.mixture, dict(n_ctx=self.scale.model.n_ctx)
         if budget is not None:
-            mixture = replace(mixture, budget=budget)
+            mixture = replace(self.scale.held, budget=budget)
             how |= dict(validation=True, spread=True)
         self[budget] = token_windows(self.corpus(), self.tok, mixture, **how)
         return self[budget]
@@ -242,7 +246,8 @@ def reproduce(
     tok = load_tokenizer(str(tok_path))
     scale = replace(scale, model=replace(scale.model, d_vocab=tok.get_vocab_size()))
     texts = _Texts(corpus, tok, scale)
-    a = st.run('A', [scale.model.to_dict(), scale.lm.to_dict(), scale.lm_validation],
+    of_a = scale.model, scale.lm, scale.held
+    a = st.run('A', [*(p.to_dict() for p in of_a), scale.lm_validation],
                lambda p: _make_transformer(p, scale, texts, device))
     model = lru_cache(lambda: load_transformer(a, device))
     parts = (scale.sae, scale.stream, scale.train, scale.resample)

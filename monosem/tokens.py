@@ -41,6 +41,16 @@ _COMMON = {'en_prose': 27., 'en_docs': 20., 'code': 22., 'markup': 3., 'latex': 
            'lang_sr': .1, 'lang_bg': .1, 'lang_ja': .7, 'lang_zh': .5, 'lang_ko': .5,
            'lang_el': .3, 'lang_tr': .8, 'lang_pt': .6}
 _OTHER = .12  # each remaining kind
+_COMMON_OF_PAPER = {'en_prose': 18.7, 'en_docs': 13.2, 'code': 30.5, 'markup': 4.1,
+                    'latex': 4.4, 'http': 4., 'legal': 4.5, 'dialogue': 1.8,
+                    'citations': .7}
+_RARE = {'lang_ar': .1, 'lang_fa': .015, 'lang_ur': .015,
+         **dict.fromkeys(('lang_he', 'dna', 'base64', 'hex'), .17),
+         **dict.fromkeys(('lang_fr', 'lang_es', 'lang_de', 'lang_pt', 'lang_ja',
+                          'lang_zh', 'lang_ko', 'lang_tr'), .3),
+         'lang_ru': .2, 'lang_uk': .1,
+         **dict.fromkeys(('lang_sr', 'lang_bg', 'lang_mn', 'lang_az', 'lang_hy',
+                          'lang_ka'), .05)}
 
 def _weights() -> dict[str, float]:
     "Kind to weight, in per cent of tokens before normalising."
@@ -54,6 +64,13 @@ class Mixture(Config):
     other: float = _OTHER   # Weight of every kind not named
     budget: int = 6_000_000 # Training tokens
     seed: int = 0           # Order of documents and windows
+
+    @classmethod
+    def paper(cls,
+        **other, # Fields to set otherwise
+    ) -> 'Mixture': # The studied kinds as rare as they are in the Pile
+        "The shares of Bricken et al. 2023; common kinds by what `core` holds."
+        return cls(**dict(weights=_COMMON_OF_PAPER | _RARE, other=.25) | other)
 
     def __post_init__(self):
         check(self.budget > 0, f'budget={self.budget}',

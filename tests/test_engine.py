@@ -151,6 +151,14 @@ def test_an_active_set_does_not_depend_on_the_number_of_threads_or_the_batch():
     assert alone.value.tobytes() == one[0].value[s:e].tobytes()
 
 
+@pytest.mark.parametrize('n', [1, 7, 8, 13, 4097])
+def test_where_every_feature_fires_all_are_kept_whatever_their_number(n):
+    sae = SAE(SAEConfig(16, n)).requires_grad_(False)
+    sae.b_enc.fill_(100.)
+    found = active_set(sae, torch.randn(20, 16))
+    assert (np.diff(found.start) == n).all() and (found.index.reshape(20, n) == np.arange(n)).all()
+
+
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
 def test_other_number_types_are_searched_plainly(dtype):
     sae, x = _example(12, 40, 17, -.3, 0, dtype)

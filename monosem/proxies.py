@@ -8,12 +8,12 @@ Docs: https://monosem.github.io/monosem/proxies.html.md"""
 __all__ = ['DNA', 'BASE64', 'SCRIPTS', 'FLOOR', 'CYRILLIC', 'CONTEXTS', 'unigram', 'alphabet_proxy', 'script_share',
            'script_proxy', 'proxy', 'Context', 'in_kinds', 'halves', 'Sums', 'Correlations', 'correlate', 'FeatureTest',
            'document_sums', 'test_contexts', 'tests_table', 'level_curve', 'neuron_correlations', 'n_carrying',
-           'Rivalry', 'rivalry', 'spectrum']
+           'Rivalry', 'rivalry', 'spectrum', 'claim_measures']
 
 # %% ../nbs/10_proxies.ipynb #0b83d8db
 import math, warnings
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,9 @@ from scipy.sparse import csr_array
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from .controls import Measure
 from .core import Estimate, bootstrap, check, pearson
+from .evaluation import window_sums
 from .tokens import TokenWindows, token_bytes
 from .features import Slice, feature_pass, logit_weights, restrict, top_tokens
 from .hooked import fitting
@@ -425,3 +427,27 @@ def spectrum(
     height = 'sum of activation' if by_activation else 'tokens'
     return histogram(groups, title, 'activation (no unit)', height, bins=40,
                      weights=groups if by_activation else None)
+
+# %% ../nbs/10_proxies.ipynb #c1000051
+def claim_measures(
+    model, # A model of `build_transformer`, or any from `at_hook`
+    tok:Tokenizer, # Its tokenizer
+    windows:TokenWindows, # Validation windows
+    contexts:list[Context]=CONTEXTS, # Those that the text lacks drop out
+) -> Callable[[SAE], dict[str, Measure]]: # For `controls.compare`
+    "All that claims are made with: a dictionary's fidelity, and its contexts' tests."
+    def measure(sae):
+        sums = window_sums(model, sae, windows).table
+        out = {k: Measure(sums, of) for k,of in _FIDELITY.items()}
+        _, tables = test_contexts(model, sae, tok, windows, contexts)
+        for name, table in tables.items():
+            by_doc = document_sums(table)
+            out |= {f'{name}: {k}': Measure(by_doc, of) for k,of in _TESTED.items()}
+        return out
+    return measure
+
+_FIDELITY = {'L0': lambda s: s.on/s.n, 'FVU': lambda s: s.err/s.var,
+             'loss recovered': lambda s: (s.zero-s.spliced)/(s.zero-s.clean)}
+_TESTED = {'r': _r, 'r less best neuron': lambda s: _r(s)-_r_neuron(s),
+           'specificity': lambda s: s.fires_inside/s.fires,
+           'specificity above half the maximum': lambda s: s.strong_inside/s.strong}

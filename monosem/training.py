@@ -36,8 +36,9 @@ def step(
     l1:float, # Coefficient of this step
     gradients:Callable=dense_gradients, # How: this, or a `DensitySwitch`
     clip:float=0., # Longest gradient; 0 for any length
+    update:Callable=update, # What becomes of the weights
 ) -> tuple[dict, Int[Tensor, 'n_feats']]: # Loss parts; vectors each feature fired on
-    "One optimiser step that keeps the decoder's rows at norm 1."
+    "One optimiser step; the usual one keeps the decoder's rows at norm 1."
     out = gradients(sae, x, l1)
     parts = dict(zip(out.loss._fields, torch.stack(out.loss).tolist()))
     check(abs(parts['total']) < float('inf'), f'a loss of {parts["total"]}',
@@ -89,9 +90,10 @@ class TrainState:
         callbacks:Iterable[Callable]=(), # Called after each step
         gradients:Callable|None=None, # How; a `DensitySwitch` by default
         device:str|torch.device='cpu', # Where to train
+        update:Callable=update, # What becomes of the weights
     ):
         self.cfg, self.n_steps, self.callbacks = cfg, n_steps, list(callbacks)
-        self.gradients = gradients or DensitySwitch()
+        self.gradients, self.update = gradients or DensitySwitch(), update
         self.sae = SAE(sae_cfg).to(device)   # the dictionary
         weights = self.sae.parameters()
         self.opt = torch.optim.Adam(weights, lr=cfg.lr, betas=cfg.betas, fused=True)
@@ -114,7 +116,8 @@ class TrainState:
         if i == 0: _start_bias(self.sae, x)
         for g in self.opt.param_groups: g['lr'] = self._rate(i)
         l1 = self.sae.cfg.l1*ramp(i, self.n_steps, cfg.l1_warmup)
-        parts, fired = step(self.sae, self.opt, x, l1, self.gradients, cfg.clip)
+        parts, fired = step(self.sae, self.opt, x, l1, self.gradients, cfg.clip,
+                            self.update)
         self.step, self.vectors, self.x = i+1, self.vectors+len(x), x
         self.silent.add_(len(x)).masked_fill_(fired > 0, 0)
         self.density.lerp_(fired/len(x), max(.01, 1/self.step))
@@ -199,12 +202,13 @@ def train_saes(
     desc:str='dictionaries', # Label of the progress bar
     checkpoints:Checkpoints|None=None, # Where to keep and find them; none by default
     gradients:Callable[[], Callable]=DensitySwitch, # Makes one dictionary's way
+    update:Callable=update, # What becomes of the weights, see `kernels.update`
 ) -> list[TrainedSAE]: # The dictionaries and their logs
     "Train on every batch once; with `checkpoints`, go on from the last one."
     stream = as_stream(batches)
     ways = [gradients() for _ in sae_cfgs]
     share = SharedGradients if n_processes() > 1 else lambda way: way
-    runs = [TrainState(c, cfg, len(stream), callbacks(), share(way), device)
+    runs = [TrainState(c, cfg, len(stream), callbacks(), share(way), device, update)
             for c,way in zip(sae_cfgs, ways)]
     for r in runs: r.sae.origin = dict(stream.origin)
     compared = checkpoints or n_processes() > 1
@@ -227,8 +231,10 @@ def train_saes(
 # %% ../nbs/07_training.ipynb #1cf78b14
 def _settings(stream, runs:list[TrainState], way:Callable) -> dict:
     "What decides a run, for checkpoints and for the other processes."
+    usual = runs[0].update is update
+    other = {} if usual else dict(update=_named(runs[0].update))
     return dict(dictionaries=[r.sae.cfg.to_dict() for r in runs], n_batches=len(stream),
-                training=runs[0].cfg.to_dict(), data=stream.settings(),
+                training=runs[0].cfg.to_dict(), data=stream.settings(), **other,
                 callbacks=[_named(c) for c in runs[0].callbacks], gradients=_named(way))
 
 def _named(part:Any) -> list:
@@ -334,10 +340,11 @@ def train_sae(
     desc:str='dictionary', # Label of the progress bar
     checkpoints:Checkpoints|None=None, # Where to keep and find them; none by default
     gradients:Callable[[], Callable]=DensitySwitch, # Makes the way to compute gradients
+    update:Callable=update, # What becomes of the weights, see `kernels.update`
 ) -> TrainedSAE: # The dictionary and its log
     "Train one sparse autoencoder on every batch once."
     return train_saes(batches, [sae_cfg], cfg, lambda: callbacks, device, desc,
-                      checkpoints, gradients)[0]
+                      checkpoints, gradients, update)[0]
 
 # %% ../nbs/07_training.ipynb #3f8bde65
 class Dashboard:

@@ -191,11 +191,10 @@ def dictionaries(s, seed, chooses):
         batches = s.vectors(seed)
         short = list(islice(batches.batches(), max(1, s.o.short//s.o.batch)))
         made = train_controls(batches, short, chooses, replace(s.shape, seed=seed), s.cfg, l0, recipes(s.resample)['published'],
-                              kept=lambda name: s.checkpoints(f'{name}-{seed}'))
-        for name,c in made.items():
-            save_sae(c.sae, folder/name)
-            shutil.rmtree(s.checkpoints(f'{name}-{seed}').folder, ignore_errors=True)
-        return {name: dict(l1=c.l1, l0_before_trimming=c.l0, tried=[list(t) for t in c.tried.items()]) for name,c in made.items()}
+                              kept=lambda name: s.checkpoints(f'control-{seed}-{name}'))
+        for name,c in made.items(): save_sae(c.sae, folder/name)
+        for kept in s.out.glob(f'checkpoints-control-{seed}-*'): shutil.rmtree(kept)
+        return {name: dict(l1=c.l1, tried=[list(t) for t in c.tried.items()], short=[list(t) for t in c.short.items()]) for name,c in made.items()}
     found = s.once(f'controls-{seed}', make)
     out |= {name: load_sae(folder/name, s.at.device) for name in found}
     return out | fixed_controls(chooses, l0, s.o.n_feats, seed), dict(l0=l0, searches=found)
@@ -269,7 +268,7 @@ def study_density(s):
             if (n := n+len(x)) % 2_000_000 < len(x): s.say(f'density: {n:,} of {windows.n_tokens:,} tokens')
         found = density_clusters(sae, tally.count/n)
         sizes = found.table.cluster.value_counts().to_dict()
-        return dict(run=run_record(tokens=n, sae=s.o.sae or 'published-0'), distance=found.distance, sizes=sizes,
+        return dict(run=run_record(tokens=n, sae=s.o.sae or 'published-0'), distance=found.distance, gain=found.gain, sizes=sizes,
                     dead=int((tally.count == 0).sum()), table=found.table.round(4).to_dict('list'))
     found = s.once('density', made)
     _keep(s, 'recipe', dict(density=found))

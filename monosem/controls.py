@@ -76,12 +76,13 @@ def thresholded(
     m = x.mean(0) if center is None else center
     parts = (x-m)@read
     theta = _threshold(parts, l0).clamp_min(0)
-    gain = _gains(parts.sub_(theta).relu_(), write, x-m)
+    gain = _gains(parts.sub_(theta).relu_(), write, x)
     b_dec = (x-(parts*gain)@write).mean(0)
     return affine(read*gain, -gain*(m@read+theta), write, b_dec)
 
 def _gains(f:Tensor, write:Tensor, x:Tensor) -> Tensor:
-    "Least squares: a factor for each feature alone, then one for their sum."
+    "Slopes of regression: one for each feature alone, then one for their sum."
+    f, x = f-f.mean(0), x-x.mean(0)
     alone = (f*(x@write.T)).sum(0)/f.square().sum(0).clamp_min(1e-12)
     together = (f*alone)@write
     common = (x*together).sum()/together.square().sum().clamp_min(1e-12)
@@ -130,7 +131,7 @@ def ica(
     found = x.cpu().numpy().astype(np.float64)
     n = int(np.linalg.matrix_rank(np.cov(found.T), tol=None, hermitian=True))
     model = FastICA(n, whiten='unit-variance', random_state=seed, max_iter=max_iter)
-    model.fit(found)
+    with np.errstate(invalid='ignore'): model.fit(found)  # what never varies: 0/0
     mixing, reading = (torch.from_numpy(m).to(x) for m in
                        (model.mixing_.T, model.components_.T))
     length = mixing.norm(dim=-1)
@@ -207,9 +208,9 @@ def trimmed(
 class Control(NamedTuple):
     "A trained control, and how its L0 came about."
     sae: SAE        # At the wanted L0 on the vectors it was trimmed on
-    l1: float       # Coefficient, found on the short budget
-    tried: dict     # Coefficient to L0 on the short budget
-    l0: float       # After training, before trimming
+    l1: float       # Coefficient of the run that was taken
+    tried: dict     # Coefficient to L0, before trimming, on the whole budget
+    short: dict     # Coefficient to L0 on the short budget
 
 def train_controls(
     batches:Any, # Of the whole budget, see `train_sae`
@@ -220,19 +221,24 @@ def train_controls(
     l0:float, # Its L0
     published:Recipe=Recipe(), # Its recipe
     kinds:dict[str, Recipe]|None=None, # The controls; None: `untrained_parts`
-    kept:Callable[[str], Checkpoints|None]=lambda name: None, # Name to checkpoints
+    kept:Callable[[str], Checkpoints|None]=lambda name: None, # Run to checkpoints
+    most:int=3, # Runs of the whole budget, as long as the L0 is 10 % off
 ) -> dict[str, Control]: # By name
     "Train the controls at the L0, the budget and the seed of a dictionary."
-    def on_short(rule, l1):
+    def run(kind, l1, batches, callbacks=(), *where):
         shape = replace(sae_cfg, l1=l1)
-        done = train_sae(short, shape, cfg, (), x.device, 'search', update=rule)
-        return mean_l0(done.sae, x)
-    target, out = on_short(published.update, sae_cfg.l1), {}
+        return train_sae(batches, shape, cfg, callbacks, x.device, *where,
+                         update=kind.update).sae
+    def on_short(kind, l1): return mean_l0(run(kind, l1, short, (), 'search'), x)
+    target, out = on_short(published, sae_cfg.l1), {}
     for name, kind in (untrained_parts() if kinds is None else kinds).items():
-        found = equal_l0(lambda l1: on_short(kind.update, l1), target, sae_cfg.l1)
-        sae = train_sae(batches, replace(sae_cfg, l1=found.l1), cfg, kind.callbacks(),
-                        x.device, name, kept(name), update=kind.update).sae
-        out[name] = Control(trimmed(sae, x, l0), *found, mean_l0(sae, x))
+        begin, runs = equal_l0(lambda l1: on_short(kind, l1), target, sae_cfg.l1), {}
+        def on_all(l1):
+            runs[l1] = run(kind, l1, batches, kind.callbacks(), name,
+                           kept(f'{name} {l1:.4g}'))
+            return mean_l0(runs[l1], x)
+        found = equal_l0(on_all, l0, begin.l1, .1, most)
+        out[name] = Control(trimmed(runs[found.l1], x, l0), *found, begin.tried)
     return out
 
 # %% ../nbs/07d_controls.ipynb #d7000022

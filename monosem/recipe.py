@@ -188,7 +188,7 @@ class Restarter:
         self.gen.set_state(d['gen'])
         self.history = list(d['history'])
 
-# %% ../nbs/07c_recipe.ipynb #c7000027
+# %% ../nbs/07c_recipe.ipynb #c7000029
 @torch.no_grad()
 def aligned(
     sae:SAE, # Changed in place
@@ -201,7 +201,7 @@ def aligned(
     short = 1-(sae.W_enc.T*sae.W_dec).sum(-1, keepdim=True)
     sae.W_enc.add_((short*sae.W_dec).T)
 
-# %% ../nbs/07c_recipe.ipynb #c700002a
+# %% ../nbs/07c_recipe.ipynb #c700002c
 @lru_cache(4)
 def _start(cfg:SAEConfig, device:torch.device) -> SAE:
     "The dictionary that a run began with."
@@ -218,7 +218,7 @@ def frozen_decoder(
     update(sae, opt, _zeros(out, 'W_dec'), clip)
     sae.W_dec.copy_(_start(sae.cfg, sae.W_dec.device).W_dec)
 
-# %% ../nbs/07c_recipe.ipynb #c700002c
+# %% ../nbs/07c_recipe.ipynb #c700002e
 @torch.no_grad()
 def soft_frozen_decoder(
     sae:SAE, # Changed in place
@@ -235,7 +235,7 @@ def soft_frozen_decoder(
     nearest = least*start+(1-least**2)**.5*aside
     sae.W_dec.copy_(torch.where(cosine < least, nearest, sae.W_dec))
 
-# %% ../nbs/07c_recipe.ipynb #c700002f
+# %% ../nbs/07c_recipe.ipynb #c7000031
 @torch.no_grad()
 def frozen_encoder(
     sae:SAE, # Changed in place
@@ -250,7 +250,7 @@ def frozen_encoder(
     length = (sae.W_enc*start).sum(0).clamp_min(0)
     sae.W_enc.copy_(start*length)
 
-# %% ../nbs/07c_recipe.ipynb #c7000032
+# %% ../nbs/07c_recipe.ipynb #c7000034
 def recipes(
     cfg:ResampleConfig=ResampleConfig(), # When dead features are replaced
 ) -> dict[str, Recipe]: # The published one first, then each with one part changed
@@ -271,7 +271,7 @@ def untrained_parts() -> dict[str, Recipe]: # None of them resamples
     return {r.__name__.replace('_', ' ').replace('soft ', 'soft-'): Recipe(r)
             for r in rules}
 
-# %% ../nbs/07c_recipe.ipynb #c7000035
+# %% ../nbs/07c_recipe.ipynb #c7000037
 def student(
     values:Any, # One number per seed, at least 2
 ) -> Estimate: # Their mean with Student's 95 % interval
@@ -294,11 +294,12 @@ def paired(
     others = [k for k in dict.fromkeys(rows.recipe) if k != reference]
     return {k: student(table[k]-table[reference]) for k in others}
 
-# %% ../nbs/07c_recipe.ipynb #c7000039
+# %% ../nbs/07c_recipe.ipynb #c700003b
 class DensityClusters(NamedTuple):
     "Features that fire, in a high and an ultralow cluster."
     table: pd.DataFrame # feature, log_density, bias, cosine, cluster
-    distance: float     # Ashman's D of their log densities; below 2 there is one
+    distance: float     # Ashman's D of the two in log density; up to 2 they are one
+    gain: float         # BIC of one Gaussian less that of two; up to 0 they are one
 
 @torch.no_grad()
 def density_clusters(
@@ -306,7 +307,6 @@ def density_clusters(
     density:Float[np.ndarray, 'n_feats'], # Share of vectors that each fires on
 ) -> DensityClusters: # Of the features with a density above 0
     "Tell features by density, encoder bias and cosine of encoder and decoder."
-    from sklearn.mixture import GaussianMixture
     fires = np.flatnonzero(density)
     check(len(fires) > 9, f'{len(fires)} features that fire', 'at least 10',
           'measure the density on more text')
@@ -316,14 +316,22 @@ def density_clusters(
                               cosine=cosine[fires]))
     points = table[['log_density', 'bias', 'cosine']].to_numpy(float)
     points = (points-points.mean(0))/np.maximum(points.std(0), 1e-12)
-    middle = (points[:, 0].min()+points[:, 0].max())/2
-    sides = [points[points[:, 0] <= middle], points[points[:, 0] > middle]]
-    mixture = GaussianMixture(2, means_init=[s.mean(0) for s in sides], random_state=0)
-    second = mixture.fit_predict(points) == mixture.means_[:, 0].argmax()
+    one, two = (_mixture(points, n) for n in (1, 2))
+    gain = float(one.bic(points)-two.bic(points))
+    second = two.predict(points) == two.means_[:, 0].argmax()
     low, high = (table.log_density[w] for w in (~second, second))
     distance = _ashman(low, high)
-    table['cluster'] = np.where(second | (distance < 2), 'high', 'ultralow')
-    return DensityClusters(table, distance)
+    together = gain <= 0 or distance <= 2
+    table['cluster'] = np.where(second | together, 'high', 'ultralow')
+    return DensityClusters(table, distance, gain)
+
+def _mixture(points:np.ndarray, n:int):
+    "A mixture of Gaussians that starts from equal spans of the first column, in order."
+    from sklearn.mixture import GaussianMixture
+    edges = np.linspace(points[:, 0].min(), points[:, 0].max(), n+1)
+    span = np.clip(np.searchsorted(edges, points[:, 0])-1, 0, n-1)
+    means = [points[span == k].mean(0) for k in range(n)]
+    return GaussianMixture(n, means_init=means, random_state=0).fit(points)
 
 def _ashman(a:pd.Series, b:pd.Series) -> float:
     "Ashman's D; 0 where a side is too small for a spread."
@@ -331,7 +339,7 @@ def _ashman(a:pd.Series, b:pd.Series) -> float:
     spread = (a.var()+b.var())**.5
     return float(2**.5*abs(a.mean()-b.mean())/max(spread, 1e-12))
 
-# %% ../nbs/07c_recipe.ipynb #c700003f
+# %% ../nbs/07c_recipe.ipynb #c7000041
 def plot_clusters(
     clusters:DensityClusters, # From `density_clusters`
     title:str, # What the figure shows, as a finding

@@ -35,7 +35,7 @@ from monosem.training import SAETrainConfig, train_sae
 from monosem.transformer import load_transformer
 
 TINY = dict(vectors=40_960, short=8_192, n_feats=256, batch=256, held=4_096, eval_tokens=10_000, test_tokens=60_000, density_tokens=50_000,
-            seeds=2, window=5_000, pool=4_096, texts=4, units=20, per_window=96, corpus='mini')
+            seeds=2, window=5_000, pool=4_096, texts=4, units=20, per_window=96, corpus='mini', ica_iterations=10)
 
 
 def options():
@@ -61,6 +61,7 @@ def options():
     p.add_argument('--density-tokens', type=int, default=10_000_000)
     p.add_argument('--texts', type=int, default=20, help='texts per steering dose')
     p.add_argument('--units', type=int, default=300, help='features per dictionary for the embedding distances')
+    p.add_argument('--ica-iterations', type=int, default=100, help='of FastICA, a few seconds each')
     p.add_argument('--out', type=Path, default=Path('runs/recipe_study'))
     p.add_argument('--results', type=Path, default=Path('nbs/results'))
     p.add_argument('--tiny', action='store_true', help='everything small, results in --out')
@@ -197,7 +198,7 @@ def dictionaries(s, seed, chooses):
         return {name: dict(l1=c.l1, tried=[list(t) for t in c.tried.items()], short=[list(t) for t in c.short.items()]) for name,c in made.items()}
     found = s.once(f'controls-{seed}', make)
     out |= {name: load_sae(folder/name, s.at.device) for name in found}
-    return out | fixed_controls(chooses, l0, s.o.n_feats, seed), dict(l0=l0, searches=found)
+    return out | fixed_controls(chooses, l0, s.o.n_feats, seed, s.o.ica_iterations), dict(l0=l0, searches=found)
 
 
 def steering(s, dictionaries):

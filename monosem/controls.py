@@ -128,10 +128,11 @@ def ica(
 ) -> SAE: # Two opposite features per component
     "Independent components (FastICA), as many as the vectors have dimensions."
     from sklearn.decomposition import FastICA
-    found = x.cpu().numpy().astype(np.float64)
-    n = int(np.linalg.matrix_rank(np.cov(found.T), tol=None, hermitian=True))
-    model = FastICA(n, whiten='unit-variance', random_state=seed, max_iter=max_iter)
-    with np.errstate(invalid='ignore'): model.fit(found)  # what never varies: 0/0
+    n = int(torch.linalg.matrix_rank(torch.cov(x.double().T), hermitian=True))
+    model = FastICA(n, whiten='unit-variance', whiten_solver='eigh',
+                    random_state=seed, max_iter=max_iter)
+    with np.errstate(invalid='ignore'):  # what never varies: 0/0
+        model.fit(x.cpu().numpy())
     mixing, reading = (torch.from_numpy(m).to(x) for m in
                        (model.mixing_.T, model.components_.T))
     length = mixing.norm(dim=-1)
@@ -144,12 +145,14 @@ def fixed_controls(
     l0:float, # Features that fire per vector, as of the trained dictionary
     n_feats:int=4096, # Random directions
     seed:int=0, # Of the random directions and of FastICA
+    max_iter:int=200, # Of FastICA
 ) -> dict[str, SAE]: # By name
     "The controls that need no training."
     check(len(x) >= 2*x.shape[1], f'{len(x)} vectors of width {x.shape[1]}',
           'at least twice as many as dimensions', 'pass more')
     return {'random directions': random_directions(x, l0, n_feats, seed),
-            'PCA': pca(x, l0), 'ICA': ica(x, l0, seed), 'neurons': neurons(x, l0)}
+            'PCA': pca(x, l0), 'ICA': ica(x, l0, seed, max_iter),
+            'neurons': neurons(x, l0)}
 
 # %% ../nbs/07d_controls.ipynb #d7000018
 class Match(NamedTuple):
@@ -222,7 +225,7 @@ def train_controls(
     published:Recipe=Recipe(), # Its recipe
     kinds:dict[str, Recipe]|None=None, # The controls; None: `untrained_parts`
     kept:Callable[[str], Checkpoints|None]=lambda name: None, # Run to checkpoints
-    most:int=3, # Runs of the whole budget, as long as the L0 is 10 % off
+    most:int=4, # Runs of the whole budget, as long as the L0 is 10 % off
 ) -> dict[str, Control]: # By name
     "Train the controls at the L0, the budget and the seed of a dictionary."
     def run(kind, l1, batches, callbacks=(), *where):

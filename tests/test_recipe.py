@@ -355,7 +355,7 @@ def test_trained_controls_have_the_l0_and_are_what_they_are_called(tmp_path):
     made = train_controls(x.split(64), x[:3200].split(64), x, SHAPE, CFG, l0, kept=kept)
     assert list(made) == list(dict.fromkeys(n.rsplit(" ", 1)[0] for n in names)) == ['frozen decoder', 'soft-frozen decoder', 'frozen encoder']
     start = SAE(SHAPE)
-    for c in made.values(): assert mean_l0(c.sae, x) == pytest.approx(l0, rel=.03) and c.l1 in c.tried and 0 < len(c.tried) <= 3
+    for c in made.values(): assert mean_l0(c.sae, x) == pytest.approx(l0, rel=.03) and c.l1 in c.tried and 0 < len(c.tried) <= 4
     cosine = lambda a, b: F.cosine_similarity(a, b, dim=-1)
     assert torch.equal(made['frozen decoder'].sae.W_dec, start.W_dec)
     assert cosine(made['soft-frozen decoder'].sae.W_dec, start.W_dec).min() > .8-1e-5

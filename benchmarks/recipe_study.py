@@ -57,7 +57,7 @@ def options():
     p.add_argument('--pool', type=int, default=40_960, help='inputs to resample from')
     p.add_argument('--held', type=int, default=40_960, help='held-out vectors of the recipe rows')
     p.add_argument('--eval-tokens', type=int, default=100_000, help='validation tokens of loss recovered, recipes')
-    p.add_argument('--test-tokens', type=int, default=1_000_000, help='validation tokens on which claims are measured; as many again choose thresholds')
+    p.add_argument('--test-tokens', type=int, default=500_000, help='validation tokens on which claims are measured; as many again choose thresholds')
     p.add_argument('--density-tokens', type=int, default=10_000_000)
     p.add_argument('--texts', type=int, default=20, help='texts per steering dose')
     p.add_argument('--units', type=int, default=300, help='features per dictionary for the embedding distances')
@@ -224,7 +224,7 @@ def embeddings(s, dictionaries):
 
 
 def study_controls(s):
-    chooses = s.held(s.halves()[0], max(s.o.held, 2*s.at.d_in))
+    chooses = s.held(s.halves()[0], max(s.o.held, 4*s.at.d_in))
     rows, found = [], []
     for seed in range(s.o.seeds):
         made, how = dictionaries(s, seed, chooses)

@@ -95,7 +95,7 @@ def neurons(
 ) -> SAE: # A feature per dimension
     "The neurons themselves, those that are strongest."
     eye = torch.eye(x.shape[1]).to(x)
-    return thresholded(eye, eye, x, l0, center=torch.zeros_like(x[0]))
+    return thresholded(eye, eye, x, l0, torch.zeros_like(x[0]), len(x))
 
 def random_directions(
     x:Float[Tensor, 'n d_in'], # Vectors to choose the threshold on
@@ -109,35 +109,38 @@ def random_directions(
     return thresholded(rows.T, rows, x, l0)
 
 def pca(
-    x:Float[Tensor, 'n d_in'], # Vectors to fit on
+    x:Float[Tensor, 'n d_in'], # Half to fit on, half to choose the threshold on
     l0:float, # Features that fire per vector
 ) -> SAE: # Two opposite features per component
     "Principal components."
-    axes = torch.linalg.eigh(torch.cov(x.double().T)).eigenvectors.to(x)
-    return _pairs(axes, axes.T, x, l0)
+    fit, other = x.chunk(2)
+    axes = torch.linalg.eigh(torch.cov(fit.double().T)).eigenvectors.to(x)
+    return _pairs(axes, axes.T, other, l0)
 
 def _pairs(read:Tensor, write:Tensor, x:Tensor, l0:float) -> SAE:
     "Each component twice, with either sign."
-    return thresholded(torch.cat([read, -read], 1), torch.cat([write, -write]), x, l0)
+    both = torch.cat([read, -read], 1), torch.cat([write, -write])
+    return thresholded(*both, x, l0, n_fit=len(x))
 
 def ica(
-    x:Float[Tensor, 'n d_in'], # Vectors to fit on
+    x:Float[Tensor, 'n d_in'], # Half to fit on, half to choose the threshold on
     l0:float, # Features that fire per vector
     seed:int=0, # Of FastICA's start
     max_iter:int=200, # FastICA's iterations; it warns where they do not suffice
 ) -> SAE: # Two opposite features per component
     "Independent components (FastICA), as many as the vectors have dimensions."
     from sklearn.decomposition import FastICA
-    n = int(torch.linalg.matrix_rank(torch.cov(x.double().T), hermitian=True))
+    fit, other = x.chunk(2)
+    n = int(torch.linalg.matrix_rank(torch.cov(fit.double().T), hermitian=True))
     model = FastICA(n, whiten='unit-variance', whiten_solver='eigh',
                     random_state=seed, max_iter=max_iter)
     with np.errstate(invalid='ignore'):  # what never varies: 0/0
-        model.fit(x.cpu().numpy())
+        model.fit(fit.cpu().numpy())
     mixing, reading = (torch.from_numpy(m).to(x) for m in
                        (model.mixing_.T, model.components_.T))
     length = mixing.norm(dim=-1)
     # a component is as large as what it writes
-    return _pairs(reading*length, mixing/length[:, None], x, l0)
+    return _pairs(reading*length, mixing/length[:, None], other, l0)
 
 # %% ../nbs/07d_controls.ipynb #d7000013
 def fixed_controls(
@@ -148,8 +151,8 @@ def fixed_controls(
     max_iter:int=200, # Of FastICA
 ) -> dict[str, SAE]: # By name
     "The controls that need no training."
-    check(len(x) >= 2*x.shape[1], f'{len(x)} vectors of width {x.shape[1]}',
-          'at least twice as many as dimensions', 'pass more')
+    check(len(x) >= 4*x.shape[1], f'{len(x)} vectors of width {x.shape[1]}',
+          'at least four times as many as dimensions', 'pass more')
     return {'random directions': random_directions(x, l0, n_feats, seed),
             'PCA': pca(x, l0), 'ICA': ica(x, l0, seed, max_iter),
             'neurons': neurons(x, l0)}

@@ -283,6 +283,7 @@ def test_gains_are_least_squares():
     "With the best bias, no common factor does better; along an axis of PCA or a neuron, none of a single feature either."
     x = _data(8000)
     for name, sae in fixed_controls(x, 3., 40).items():
+        x = _data(8000)[4000 if name in ('PCA', 'ICA') else 0:]
         f = sae.encode(x)
         def error(k): return (x-(f*k)@sae.W_dec).var(0).sum()
         assert error(1.) <= min(error(.97), error(1.03)), name
@@ -301,7 +302,7 @@ def test_the_neurons_are_the_strongest_of_each():
 def test_pca_is_that_of_numpy_and_signs_come_in_pairs():
     x = _data(6000)
     sae = pca(x, 3.)
-    _, axes = np.linalg.eigh(np.cov(x.double().numpy().T))
+    _, axes = np.linalg.eigh(np.cov(x[:3000].double().numpy().T))
     assert np.allclose(np.abs(sae.W_dec[:12].numpy()@axes), np.eye(12), atol=1e-3) and torch.equal(sae.W_dec[:12], -sae.W_dec[12:])
 
 
@@ -314,7 +315,7 @@ def test_settings_that_cannot_be_met_are_refused():
     x = _data(100)
     for l0 in (0., 24.):
         with pytest.raises(ValueError, match='more than 0 and less than all'): pca(x, l0)
-    with pytest.raises(ValueError, match='at least twice'): fixed_controls(x[:20], 2.)
+    with pytest.raises(ValueError, match='at least four times'): fixed_controls(x[:20], 2.)
     with pytest.raises(ValueError, match='positive numbers'): equal_l0(lambda l1: 1., 0., 1.)
 
 

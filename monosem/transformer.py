@@ -8,7 +8,7 @@ Docs: https://monosem.github.io/monosem/transformer.html.md"""
 __all__ = ['PRECISIONS', 'TransformerConfig', 'build_transformer', 'weights', 'is_ours', 'weights_hash', 'layer_norm', 'MLPActs',
            'mlp_acts', 'final_resid', 'loss_nats', 'computing_in', 'faster_precision', 'pick_precision',
            'LMTrainConfig', 'cosine_schedule', 'mean_loss', 'TrainedTransformer', 'train_transformer',
-           'save_transformer', 'shuffled_transformer', 'load_transformer']
+           'save_transformer', 'load_transformer', 'shuffled_transformer']
 
 # %% ../nbs/04_transformer.ipynb #637a3a27
 import hashlib, math, os, time, warnings
@@ -470,20 +470,6 @@ def save_transformer(
     if half: run['rounded_from'] = weights_hash(model)
     return save_artefact(folder, weights(model), cfg.to_dict(), run, half)
 
-# %% ../nbs/04_transformer.ipynb #24903f8f
-@torch.no_grad()
-def shuffled_transformer(
-    model, # Any; changed in place
-    seed:int=0, # Of the permutations
-): # The model, which has learnt nothing and has weights of the same sizes
-    "The entries of every weight matrix in random order (Bricken et al. 2023)."
-    gen = make_generator(seed)
-    for p in weights(model).values():
-        if p.ndim < 2: continue
-        order = torch.randperm(p.numel(), generator=gen).to(p.device)
-        p.copy_(p.flatten()[order].view_as(p))
-    return model
-
 # %% ../nbs/04_transformer.ipynb #5916bee4
 def load_transformer(
     name:str|Path='A', # `A` (shipped), or an artefact folder
@@ -507,3 +493,17 @@ def load_transformer(
     model.tokenizer_hash = art.run.get('tokenizer')
     model.rounded_from = art.run.get('rounded_from')
     return model.eval()
+
+# %% ../nbs/04_transformer.ipynb #24903f8f
+@torch.no_grad()
+def shuffled_transformer(
+    model, # Any; changed in place
+    seed:int=0, # Of the permutations
+): # The model, which has learnt nothing and has weights of the same sizes
+    "The entries of every weight matrix in random order (Bricken et al. 2023)."
+    gen = make_generator(seed)
+    for p in weights(model).values():
+        if p.ndim < 2: continue
+        order = torch.randperm(p.numel(), generator=gen).to(p.device)
+        p.copy_(p.flatten()[order].view_as(p))
+    return model

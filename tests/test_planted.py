@@ -275,7 +275,7 @@ def test_a_score_puts_perfect_before_trained_before_frozen_before_shuffled(small
     "Frozen and shuffled have random directions both: those alone cannot tell them apart, firings can."
     _, c = small
     perfect, trained, frozen, mixed = (c.recovered[k].summary()[score] for k in RECIPES)
-    assert perfect > trained+.05 > frozen+.15
+    assert perfect > trained+.02 and trained > frozen+.1
     assert abs(frozen-mixed) < .02 if score == 'mcc' else frozen > mixed+.02
 
 

@@ -86,8 +86,8 @@ class StudyConfig(Config):
     n_test: int = 200_000     # Fresh vectors to measure on, half of them to choose with
     batch: int = 1024         # Vectors per step
     l1: float = .5            # Coefficient of the trained dictionary
-    l1_perfect: float = .35   # Of the perfect one; the three are for about equal L0
-    l1_frozen: float = .85    # Of the frozen one
+    l1_perfect: float = .3    # Of the perfect one; the three are for about equal L0
+    l1_frozen: float = .9     # Of the frozen one
     seeds: tuple = (0, 1, 2, 3, 4) # Each a world, a sample and a start of its own
     n_bins: int = 10          # Of frequency, in equal steps of its logarithm
     least: float = .6         # Cosine from which a parent or child counts as found

@@ -171,22 +171,33 @@ def _enough(windows, vectors, cfg):
     "The windows that so many vectors are drawn from; all of them for None."
     return windows[:-(-vectors//cfg.per_window)] if vectors else windows
 
+def _dictionaries(scale):
+    "All dictionaries of a scale."
+    return Dictionary('A/1', scale.sae, 'A', scale.vectors), *scale.more
+
 def _look_ahead(path, scale, texts):
     "Everything that later stages will need, before the first long one."
-    d_in, d_mlp = scale.sae.d_in, scale.model.d_mlp
-    check(d_in == d_mlp, f'a dictionary of width {d_in} for {d_mlp} neurons',
-          'equal widths', 'change the scale')
     for budget in (scale.lm_validation, scale.eval_tokens, scale.test_tokens):
         texts[budget]
-    windows = _enough(texts[None], scale.vectors, scale.stream)
-    stream = ActivationStream(lambda t: t, windows, scale.stream)
-    Resampler(scale.resample).possible(len(stream), scale.stream.batch)
-    numbers = d_in*(2*scale.sae.n_feats+scale.resample.pool)
-    needed = 3*12*numbers  # three checkpoints at most
+    for d in _dictionaries(scale): _look_at(d, scale, texts[None])
+    largest = max(d.sae.n_feats for d in _dictionaries(scale))
+    needed = 3*12*scale.sae.d_in*(2*largest+scale.resample.pool)  # three checkpoints
     free = shutil.disk_usage(path.parent).free
     check(free > needed, f'{free/1e9:.2f} GB free on the disk of {path.parent}',
           f'{needed/1e9:.2f} GB for checkpoints',
           'free some space, or choose another folder', OSError)
+
+def _look_at(d, scale, windows):
+    "What the stage of a dictionary would refuse."
+    check(d.sae.d_in == scale.model.d_mlp,
+          f'a dictionary of width {d.sae.d_in} for {scale.model.d_mlp} neurons',
+          'equal widths', 'change the scale')
+    known = 'A', 'B', 'random'
+    check(d.model in known, f'a dictionary of the model {d.model!r}', f'one of {known}',
+          'change the scale')
+    stream = ActivationStream(lambda t: t, _enough(windows, d.vectors, scale.stream),
+                              scale.stream)
+    Resampler(scale.resample).possible(len(stream), scale.stream.batch)
 
 # %% ../nbs/17b_reproduce.ipynb #fd5e9266
 def _make_tokenizer(path, corpus, scale):
@@ -253,17 +264,17 @@ def _make_random(path, of, device):
                      path, run_record(name='random', of=str(a.run['name'])), half=True)
     return {}
 
-def _run_more(st, scale, corpus, tok, texts, device):
+def _run_more(st, scale, more, corpus, tok, texts, device):
     "Further models and dictionaries, each with its evaluation."
     named, other = {'A': st.folder/'A'}, replace(scale.mixture, seed=1)
     theirs = replace(scale, model=replace(scale.model, seed=1), mixture=other)
     read = {'A': texts, 'random': texts, 'B': _Texts(corpus, tok, theirs)}
-    used = {d.model for d in scale.more}
+    used = {d.model for d in more}
     if 'random' in used:
         named['random'] = st.run('random', 0, lambda p: _make_random(
             p, named['A'], device), 'A')
     if 'B' in used: named['B'] = _run_transformer(st, 'B', theirs, read['B'], device)
-    for d in scale.more:
+    for d in more:
         model = lru_cache(lambda: load_transformer(named[d.model], device))
         path = _run_sae(st, scale, d, model, lambda: read[d.model][None])
         st.run(f'{path.name}.evaluation.json', scale.eval_tokens,
@@ -311,7 +322,7 @@ def reproduce(
     texts = _Texts(corpus, tok, scale)
     a = _run_transformer(st, 'A', scale, texts, device)
     model = lru_cache(lambda: load_transformer(a, device))
-    first = Dictionary('A/1', scale.sae, 'A', scale.vectors)
+    first, *more = _dictionaries(scale)
     a1 = _run_sae(st, scale, first, model, lambda: texts[None])
     sae = lru_cache(lambda: load_sae(a1, device))
     ev = st.run('evaluation.json', scale.eval_tokens,
@@ -320,7 +331,7 @@ def reproduce(
         p, model(), sae(), tok, texts[scale.test_tokens], say))
     sm = st.run('samples.json', 'pinned at 1x the maximum',
                 lambda p: _make_samples(p, model(), sae(), tok, _read(ft)))
-    _run_more(st, scale, corpus, tok, texts, device)
+    _run_more(st, scale, more, corpus, tok, texts, device)
     measured = {p.stem: _read(p) for p in (ev, ft, sm)}
     return _finish(st, scale, a, a1, measured, time.time()-start)
 

@@ -138,7 +138,7 @@ class Config:
         "A short hash of all fields, the same on every machine."
         return content_hash(self.to_dict())
 
-def _as_field(kind:type, value:Any) -> Any:
+def _as_field(kind:Any, value:Any) -> Any:
     "A JSON value as the field it was: JSON has no tuples and no configurations."
     if isinstance(kind, type) and issubclass(kind, Config) and isinstance(value, dict):
         return kind.from_dict(value)

@@ -41,7 +41,7 @@ from .transformer import (LMTrainConfig, TransformerConfig, build_transformer,
 class Dictionary(Config):
     "A further dictionary of a scale, trained as A/1 is."
     name: str                # Such as `A/0`; its folder is `A-0`
-    sae: SAEConfig           # Shape, coefficient, seed
+    sae: SAEConfig = SAEConfig() # Shape, coefficient, seed
     model: str = 'A'         # `A`; `B`: another seed, other text; `random`: A shuffled
     vectors: int|None = None # At most so many; None for as many as A/1
 

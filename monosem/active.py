@@ -62,7 +62,7 @@ def _rounding(njit:Callable) -> tuple:
 
     @njit('(f4[:,::1], i8, i8, f4[::1], f4[::1], i1[:,::1], f4[::1], f4[::1])',
           parallel=True)
-    def round_rows(A, levels, shift, norm, largest, out, step, rest):
+    def round_rows(A, levels, shift, norm, largest, out, step, lost):
         for b in prange(A.shape[0]):
             row, number, error = A[b], out[b], zero
             usable = tiny < largest[b] < np.inf
@@ -74,7 +74,7 @@ def _rounding(njit:Callable) -> tuple:
                 number[d] = int32(k)+int32(shift)
                 error += (v-k)*(v-k)
             # What is too small, or not finite, becomes 0: all of it is error.
-            rest[b] = step[b]*np.sqrt(error) if usable else norm[b]
+            lost[b] = step[b]*np.sqrt(error) if usable else norm[b]
 
     return norms, round_rows
 
@@ -118,6 +118,7 @@ class _Rows(NamedTuple):
     largest: np.ndarray # (n,) largest absolute value
 
 def _rows(values:np.ndarray) -> _Rows:
+    "Measure the rows of a matrix, float32."
     norm, largest = np.empty((2, len(values)), np.float32)
     _kernels(_rounding)[0](values, norm, largest)
     return _Rows(values, norm, largest)
@@ -126,14 +127,15 @@ class _Rounded(NamedTuple):
     "Rows as whole numbers: row ~ step * (number - shift)."
     number: Tensor   # (n, d_in) int8
     step: np.ndarray # (n,) what 1 is worth
-    rest: np.ndarray # (n,) length of what rounding took away
+    lost: np.ndarray # (n,) length of what rounding took away
 
 def _rounded(rows:_Rows, levels:int, shift:int=0) -> _Rounded:
+    "Each row in whole numbers from -levels to levels, moved by the shift."
     n, d_in = rows.values.shape
-    number, (step, rest) = np.empty((n, d_in), np.int8), np.empty((2, n), np.float32)
+    number, (step, lost) = np.empty((n, d_in), np.int8), np.empty((2, n), np.float32)
     how = levels, shift, rows.norm, rows.largest
-    _kernels(_rounding)[1](rows.values, *how, number, step, rest)
-    return _Rounded(torch.from_numpy(number), step, rest)
+    _kernels(_rounding)[1](rows.values, *how, number, step, lost)
+    return _Rounded(torch.from_numpy(number), step, lost)
 
 # %% ../nbs/06a_active.ipynb #742fb2b8
 class _Encoder(NamedTuple):
@@ -166,14 +168,14 @@ class _BFloat16:
     "Both factors, and what comes out, rounded to bfloat16."
     def __init__(self, e:_Encoder):
         self.norm, self.high = e.rows.norm, e.high
-        self.W, rest = self._rounded(e.rows)
-        parts = np.divide(rest, self.norm, out=np.zeros_like(rest), where=self.norm > 0)
+        self.W, lost = self._rounded(e.rows)
+        parts = np.divide(lost, self.norm, out=np.zeros_like(lost), where=self.norm > 0)
         self.part = parts.max()+np.float32(2**-8)*(1+parts.max())
 
     def __call__(self, x:_Rows) -> _Coarse:
-        number, rest = self._rounded(x)
+        number, lost = self._rounded(x)
         pre = (number@self.W.T).float().numpy()
-        error = np.float32(1.01)*(rest+self.part*(x.norm+rest))
+        error = np.float32(1.01)*(lost+self.part*(x.norm+lost))
         return _Coarse(pre, np.ones_like(error), error, np.zeros_like(error))
 
     def _rounded(self, rows:_Rows) -> tuple[Tensor, np.ndarray]:
@@ -190,7 +192,7 @@ class _Int8:
         self.W = torch.ops.onednn.qlinear_prepack(q.number, None)
         with np.errstate(over='ignore'):  # where a step is tiny, the bias decides
             self.norm, self.high = e.rows.norm/q.step, e.high/q.step
-        self.rest = np.float32(1.01)*(q.rest/q.step).max()
+        self.lost = np.float32(1.01)*(q.lost/q.step).max()
         self.units = torch.ones(n_feats), torch.zeros(n_feats, dtype=torch.int32)
 
     def __call__(self, x:_Rows) -> _Coarse:
@@ -200,8 +202,8 @@ class _Int8:
         pre = torch.ops.onednn.qlinear_pointwise(
             q.number.view(torch.uint8), 1., shift, self.W, *self.units, None,
             1., 0, torch.float32, 'none', [], '')
-        error = np.float32(1.01)*q.rest
-        return _Coarse(pre.numpy(), q.step, error, -self.rest*(x.norm+q.rest))
+        error = np.float32(1.01)*q.lost
+        return _Coarse(pre.numpy(), q.step, error, -self.lost*(x.norm+q.lost))
 
 PRODUCTS = {'float32': _Float32, 'int8': _Int8, 'bfloat16': _BFloat16}
 
@@ -352,6 +354,20 @@ def _same_place(sae:SAE, x:Tensor) -> None:
           'the same type and device', 'convert the activations with .to(sae.W_dec)')
 
 # %% ../nbs/06a_active.ipynb #6ac2fd90
+class _Timed(NamedTuple):
+    "A search of the trial, or the median of several."
+    seconds: float
+    n_false: float # Candidates a vector that do not fire
+
+def _timed(product:str, e:_Encoder, x:Tensor) -> _Timed:
+    start, search = time.perf_counter(), _Search(e, Screen(product), 512)
+    for rows in x.split(512): search(rows.numpy())
+    n_false = (search.n_candidates-search.n_active)/search.n_vectors
+    return _Timed(time.perf_counter()-start, float(n_false))
+
+def _median(searches:list[_Timed]) -> _Timed:
+    return _Timed(*np.median(searches, axis=0).tolist())
+
 @lru_cache
 def fastest(
     d_in:int, # Width of the activations
@@ -361,21 +377,18 @@ def fastest(
     "The product with which a search takes least time here; measured, in seconds."
     e, x = _trial(d_in, n_feats)
     wide = e._replace(high=e.high+.5*e.rows.norm)  # finds more to look at
-    def search(product, e=e):
-        start, s = time.perf_counter(), _Search(e, Screen(product), 512)
-        for rows in x.split(512): s(rows.numpy())
-        return time.perf_counter()-start, (s.n_candidates-s.n_active)/s.n_vectors
-    search('float32')  # compiles the loops
-    most = 3*search('float32')[0]
-    ways = [p for p in able() if p == 'float32' or search(p)[0] < most]
-    turns = [{p: (search(p), search(p, wide)) for p in ways} for _ in range(5)]
-    times = {p: np.array([t[p] for t in turns]) for p in ways}  # (turn, which, what)
-    best = min(ways, key=lambda p: np.median(times[p][:, 0, 0]))
+    _timed('float32', e, x)  # compiles the loops
+    most = 3*_timed('float32', e, x).seconds
+    ways = [p for p in able() if p == 'float32' or _timed(p, e, x).seconds < most]
+    turns = [{p: (_timed(p, e, x), _timed(p, wide, x)) for p in ways} for _ in range(5)]
+    narrow, broad = ({p: _median([t[p][k] for t in turns]) for p in ways}
+                     for k in (0, 1))
+    best = min(ways, key=lambda p: narrow[p].seconds)
     if best == 'float32': return Screen()
-    (few, many), own = times[best][0, :, 1], times[best][:, :, 0]
-    price = np.median(own[:, 1]-own[:, 0])/(many-few)  # of a false candidate a vector
-    gain = np.median(times['float32'][:, 0, 0]-own[:, 0])
-    return Screen(best, float(few+gain/price) if price > 0 else np.inf)
+    few, many = narrow[best], broad[best]
+    price = (many.seconds-few.seconds)/(many.n_false-few.n_false)  # of one a vector
+    gain = narrow['float32'].seconds-few.seconds
+    return Screen(best, few.n_false+gain/price if price > 0 else np.inf)
 
 def _trial(d_in:int, n_feats:int) -> tuple[_Encoder, Tensor]:
     "Random weights, and vectors on which one feature in 200 is active."

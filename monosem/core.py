@@ -16,7 +16,8 @@ from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, NamedTuple, get_type_hints
+from typing import (Any, Callable, NamedTuple, get_args, get_origin,
+                    get_type_hints)
 
 import numpy as np
 import torch
@@ -137,12 +138,13 @@ class Config:
         "A short hash of all fields, the same on every machine."
         return content_hash(self.to_dict())
 
-def _as_field(kind:type, value:Any) -> Any:
+def _as_field(kind:Any, value:Any) -> Any:
     "A JSON value as the field it was: JSON has no tuples and no configurations."
     if isinstance(kind, type) and issubclass(kind, Config) and isinstance(value, dict):
         return kind.from_dict(value)
-    if kind is tuple and isinstance(value, list):
-        return tuple(_as_field(tuple, v) for v in value)
+    if isinstance(value, list) and tuple in (kind, get_origin(kind)):
+        of = get_args(kind)[0] if get_args(kind) else tuple
+        return tuple(_as_field(of, v) for v in value)
     return value
 
 # %% ../nbs/00_core.ipynb #017da0ae

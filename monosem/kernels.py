@@ -198,15 +198,22 @@ def sparse_gradients(
     vectors = x.detach().contiguous()
     found = active_set(sae, vectors, tile)
     delta, errors = _residuals(sae, vectors.numpy(), found)
-    fired, W_enc_T, b_enc, W_dec = _weight_sums(sae, vectors.numpy(), delta, found, l1)
+    sums = _weight_sums(sae, vectors.numpy(), delta, found, l1)
     means = errors.mean(), found.value.sum()/len(x), len(found.index)/len(x)
     loss = _mean_loss(*map(torch.tensor, means), l1)
-    b_dec = torch.from_numpy(delta).sum(0)-sae.W_enc@b_enc
-    return Gradients(loss, fired, W_enc_T.T, b_enc, W_dec, b_dec)
+    b_dec = torch.from_numpy(delta).sum(0)-sae.W_enc@sums.b_enc
+    return Gradients(loss, sums.fired, sums.W_enc_T.T, sums.b_enc, sums.W_dec, b_dec)
+
+class _Sums(NamedTuple):
+    "Over what fired."
+    fired: Tensor   # (n_feats,) how often
+    W_enc_T: Tensor # (n_feats, d_in) gradient of the encoder, a row per feature
+    b_enc: Tensor   # (n_feats,) gradient
+    W_dec: Tensor   # (n_feats, d_in) gradient
 
 def _weight_sums(sae:SAE, x:np.ndarray, delta:np.ndarray, found:ActiveSet, l1:float,
-                 tile_bytes:int=TILE_BYTES):
-    "How often each feature fired; gradients of W_enc.T, b_enc and W_dec."
+                 tile_bytes:int=TILE_BYTES) -> _Sums:
+    "Sums over the active set, feature by feature within a tile of the batch."
     W, b_dec = (p.detach().contiguous().numpy() for p in (sae.W_dec, sae.b_dec))
     tile = max(1, tile_bytes//(8*W.shape[1]))  # 4 bytes a number, of x and delta
     by_feature, weights = _kernels(_ordering), _kernels(_weighing)
@@ -215,7 +222,7 @@ def _weight_sums(sae:SAE, x:np.ndarray, delta:np.ndarray, found:ActiveSet, l1:fl
     weights(x, delta, W, b_dec, l1/len(x), first, row, value, W_enc_T, b_enc, W_dec,
             torch.get_num_threads())
     fired = np.diff(first, axis=1).sum(0)
-    return tuple(map(torch.from_numpy, (fired, W_enc_T, b_enc, W_dec)))
+    return _Sums(*map(torch.from_numpy, (fired, W_enc_T, b_enc, W_dec)))
 
 # %% ../nbs/06a_kernels.ipynb #26633d84
 class DensitySwitch:

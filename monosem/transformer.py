@@ -8,7 +8,7 @@ Docs: https://monosem.github.io/monosem/transformer.html.md"""
 __all__ = ['PRECISIONS', 'TransformerConfig', 'build_transformer', 'weights', 'is_ours', 'weights_hash', 'layer_norm', 'MLPActs',
            'mlp_acts', 'final_resid', 'loss_nats', 'computing_in', 'faster_precision', 'pick_precision',
            'LMTrainConfig', 'cosine_schedule', 'mean_loss', 'TrainedTransformer', 'train_transformer',
-           'save_transformer', 'load_transformer']
+           'save_transformer', 'load_transformer', 'shuffled_transformer']
 
 # %% ../nbs/04_transformer.ipynb #637a3a27
 import hashlib, math, os, time, warnings
@@ -168,7 +168,8 @@ def loss_nats(
     target, w_u = tokens[:, 1:].flatten(), weights(model)['head.weight']
     rounded = _rounded_to(h.device.type)
     if rounded and not per_token:
-        return _RoundedHead.apply(h, w_u, target, chunk, rounded)
+        few = min(chunk, 128)  # their logits stay in the processor's cache
+        return _RoundedHead.apply(h, w_u, target, few, rounded)
     if not per_token:
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
         return F.linear_cross_entropy(h, w_u, target, options=options)
@@ -492,3 +493,17 @@ def load_transformer(
     model.tokenizer_hash = art.run.get('tokenizer')
     model.rounded_from = art.run.get('rounded_from')
     return model.eval()
+
+# %% ../nbs/04_transformer.ipynb #24903f8f
+@torch.no_grad()
+def shuffled_transformer(
+    model, # Any; changed in place
+    seed:int=0, # Of the permutations
+): # The model, which has learnt nothing and has weights of the same sizes
+    "The entries of every weight matrix in random order (Bricken et al. 2023)."
+    gen = make_generator(seed)
+    for p in weights(model).values():
+        if p.ndim < 2: continue
+        order = torch.randperm(p.numel(), generator=gen).to(p.device)
+        p.copy_(p.flatten()[order].view_as(p))
+    return model

@@ -15,7 +15,7 @@ from monosem.tokens import Mixture, load_tokenizer, token_windows
 from monosem.hooked import at_hook, fitting
 from monosem import proxies
 from monosem.proxies import CONTEXTS, Context, halves, level_curve, proxy, script_proxy, spectrum
-from monosem.reproduce import SCALES, Stages, claims, read_tests, report, reproduce, ship
+from monosem.reproduce import SCALES, Dictionary, Scale, Stages, claims, read_tests, report, reproduce, ship
 from monosem.resampling import ResampleConfig
 from monosem.sae import load_sae
 from monosem.transformer import TransformerConfig, load_transformer
@@ -73,6 +73,8 @@ def test_a_text_in_which_nothing_can_be_tested(tmp_path):
     (dict(resample=ResampleConfig(window=4000, pool=10**6)), 'to be considered'),
     (dict(stream=StreamConfig(batch=128, block=8192, per_window=33)), 'per_window=33'),
     (dict(stream=StreamConfig(batch=10**6, block=10**6, per_window=16)), 'batches of 1,000,000'),
+    (dict(more=(Dictionary('A/0', MICRO.sae, vectors=1000),)), 'to be considered'),
+    (dict(more=(Dictionary('C/0', MICRO.sae, 'C'),)), "of the model 'C'"),
     (dict(sae=SCALES['tiny'].sae), 'a dictionary of width 64 for 32 neurons')])
 def test_what_a_later_stage_would_refuse_is_refused_before_the_first_long_one(tmp_path, change, what):
     lines = []
@@ -112,12 +114,32 @@ def test_a_run_knows_what_belongs_together(micro, tmp_path, tok):
     with pytest.raises(ValueError, match='tokenizer of 8192'): fitting(model, sae, tok=tok)
     ship(micro, tmp_path/'assets')
     half, small = load_transformer(tmp_path/'assets/A', 'cpu'), load_sae(tmp_path/'assets/A-1', 'cpu')
-    assert fitting(half, small, tok=mine).hash != at_hook(model).hash  # rounded weights are other weights; the pair still knows itself
+    assert fitting(half, small, tok=mine).hash == at_hook(model).hash  # what is shipped is what the dictionary was trained on
     assert fitting(half, sae) and fitting(model, small)
     with torch.no_grad(): next(iter(half.parameters()))[0, 0] += 1
     half.rounded_from = None
     with pytest.raises(ValueError, match='a dictionary of the model'): fitting(half, small)
     assert not ship(micro, tmp_path/'assets')
+
+
+def test_further_dictionaries_of_other_models_are_made_once_and_change_nothing_before_them(micro, tmp_path):
+    from shutil import copytree
+    copytree(micro, tmp_path/'micro')
+    small, lines = replace(MICRO.sae, n_feats=16), []
+    more = Dictionary('A/0', small), Dictionary('A/1b', replace(MICRO.sae, seed=1), vectors=8000), Dictionary('B/1', small, 'B'), Dictionary('random/1', small, 'random')
+    scale = replace(MICRO, corpus='mini', more=more)
+    assert Scale.from_dict(json.loads(json.dumps(scale.to_dict()))) == scale
+    reproduce(scale, tmp_path, 'cpu', lines.append)
+    done = [l.split(']')[0][1:] for l in lines if 'done in' in l]
+    assert done == ['random', 'B', *(f'{name}{end}' for name in ('A-0', 'A-1b', 'B-1', 'random-1') for end in ('', '.evaluation.json'))]
+    of = {name: load_sae(tmp_path/'micro'/name, 'cpu').origin['model'] for name in ('A-0', 'A-1b', 'B-1', 'random-1')}
+    assert of['A-0'] == of['A-1b'] and len(set(of.values())) == 3
+    a, b, shuffled = (load_artefact(tmp_path/'micro'/name) for name in ('A', 'B', 'random'))
+    assert a.run['data'] != b.run['data'] and load_artefact(tmp_path/'micro/A-1b').run['vectors'] in range(8000-128, 8000+128)
+    for k, t in a.tensors.items(): assert torch.equal(t.flatten().sort()[0], shuffled.tensors[k].flatten().sort()[0]) and (t.ndim < 2 or not torch.equal(t, shuffled.tensors[k]))
+    again = []
+    reproduce(scale, tmp_path, 'cpu', again.append)
+    assert all('reused' in l for l in again)
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(micro, tmp_path):

@@ -9,7 +9,7 @@ from monosem.site import (build_site, check_links, code_of, cut_ties, fold_impor
 CHROME = os.environ.get('CHROME') or shutil.which('chromium') or shutil.which('google-chrome') or shutil.which('chromium-browser')
 if os.environ.get('CI') and not CHROME: raise RuntimeError('no Chromium in CI; expected one on the PATH or in $CHROME; .ci/run installs it')
 needs_chrome = pytest.mark.skipif(not CHROME, reason='no Chromium on the PATH or in $CHROME: the page tests did not run')
-PAGES = ['index', 'toy_models', 'phases', 'geometry', 'dynamics', 'adversaries', 'computation', 'memorisation', 'recovery', 'recipe', 'controls', 'corpus', 'sources', 'tokens', 'transformer', 'hooked', 'activations', 'sae', 'training', 'resampling', 'evaluation', 'features', 'proxies', 'steering', 'neuron_embeddings', 'one_meaning', 'mnist',
+PAGES = ['index', 'toy_models', 'phases', 'geometry', 'dynamics', 'adversaries', 'computation', 'memorisation', 'recovery', 'recipe', 'controls', 'world', 'corpus', 'sources', 'tokens', 'transformer', 'hooked', 'activations', 'sae', 'training', 'resampling', 'evaluation', 'features', 'proxies', 'steering', 'neuron_embeddings', 'one_meaning', 'mnist',
          'active', 'kernels', 'gpu_kernels', 'parallel', 'reproduce', 'cli', 'core', 'checkpoints', 'planted', 'plotting', 'site']
 
 

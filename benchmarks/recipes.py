@@ -13,8 +13,7 @@ def try_transformer(scale, tok, windows, validation, trial):
     from monosem.transformer import build_transformer, train_transformer
     model = build_transformer(replace(scale.model, d_vocab=tok.get_vocab_size()), 'cpu')
     done = train_transformer(model, windows, validation, replace(scale.lm, eval_every=10**9, **trial))
-    return dict(trial, tokens=windows.n_tokens, validation_nats=round(float(done.log.validation_nats.iloc[-1]), 4),
-                seconds=round(done.seconds), precision=done.precision)
+    return dict(trial, tokens=windows.n_tokens, validation_nats=round(float(done.log.validation_nats.iloc[-1]), 4), precision=done.precision)
 
 
 def main():

@@ -386,9 +386,10 @@ def fastest(
     best = min(ways, key=lambda p: narrow[p].seconds)
     if best == 'float32': return Screen()
     few, many = narrow[best], broad[best]
-    price = (many.seconds-few.seconds)/(many.n_false-few.n_false)  # of one a vector
+    dearer, more = many.seconds-few.seconds, many.n_false-few.n_false
+    if min(dearer, more) <= 0: return Screen(best)  # looking again costs nothing here
     gain = narrow['float32'].seconds-few.seconds
-    return Screen(best, few.n_false+gain/price if price > 0 else np.inf)
+    return Screen(best, few.n_false+gain*more/dearer)
 
 def _trial(d_in:int, n_feats:int) -> tuple[_Encoder, Tensor]:
     "Random weights, and vectors on which one feature in 200 is active."
